@@ -120,7 +120,8 @@ def _target(options: argparse.Namespace, about: dict[str, Any]) -> Path | None:
         return Path(options.output)
     if options.quick:
         return None
-    return RESULTS / f"{about['date'][:10]}-{machine.short_name()}-{about['commit']}.json"
+    only = "".join(f"-{name}" for name in options.only or ())  # one measurement must not replace the file of another
+    return RESULTS / f"{about['date'][:10]}-{machine.short_name()}-{about['commit']}{only}.json"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -144,6 +144,12 @@ def test_core_and_parallel_know_no_model_family() -> None:
         assert all(re.match(inside, one) for one in imports(name)), name
 
 
+def test_language_models_need_nothing_of_pipelines() -> None:
+    for name in trees():
+        if name.startswith("shardit.language."):
+            assert not any(one.startswith("shardit.diffusion") for one in imports(name)), name
+
+
 CLASSES = {*KEPT_ATTENTIONS, *KEPT_PROCESSORS, *HEAD_TABLES, *HEAD_WIDTHS, *HEAD_OUTPUTS}.union(
     *(rule.classes for rule in (*EXPERTS, *FEED_FORWARDS, *FUSED_ATTENTIONS, *PARALLEL_BLOCKS)),
     *(rule.classes for rule in (*DECODERS.feed_forwards, *DECODERS.fused_attentions)),

@@ -10,18 +10,18 @@ import torch
 from torch import nn
 
 from shardit.config import DiffusionParallelConfig, config_of, device_kind, idle_chunks
+from shardit.core.comm.decision import collective_decision
 from shardit.core.comm.mesh import Mesh, init_mesh
+from shardit.core.modules.compiled import refuse_compiled
 from shardit.core.modules.hints import Plan
 from shardit.core.placement.assignment import Cut, assign_blocks
 from shardit.core.placement.roles import ALONE, Roles
 from shardit.core.stages.runtime import Runtime
 from shardit.diffusion.family import FAMILY
 from shardit.diffusion.loading.attention_backends import use_attention_backend
-from shardit.diffusion.loading.model_options import NO_OPTIONS, OPTION_NAMES, ModelOptions, split_model, take_options
 from shardit.diffusion.loading.pipeline import Prepared, load_pipeline, prepare
 from shardit.diffusion.loading.start_options import fuse_projections, load_loras, use_vae_options
 from shardit.diffusion.roles import denoises, is_vae
-from shardit.diffusion.sharding.changes import refuse_compiled
 from shardit.diffusion.sharding.component_sharding import ComponentSharding, check_earlier, refuse_overlap, sharding_of
 from shardit.diffusion.sharding.components import components_of, device_of, refuse_hooks
 from shardit.diffusion.sharding.connect import (
@@ -32,7 +32,7 @@ from shardit.diffusion.sharding.connect import (
     shard_model,
     take_compilers,
 )
-from shardit.diffusion.sharding.decision import collective_decision, describe_blocks, describe_layout
+from shardit.diffusion.sharding.decision import describe_blocks, describe_layout
 from shardit.diffusion.sharding.layout import Layout, lay_out, warn_unmet
 from shardit.errors import InputError, UnsupportedError
 from shardit.language.loading.source import named_decoder
@@ -41,6 +41,7 @@ from shardit.language.preflight import check_decoder_options
 from shardit.loading.dtypes import setting
 from shardit.parallel.tensor.apply import TensorPlan, plan_components, shard_components
 from shardit.parallel_state import set_mesh_of_model
+from shardit.settings.model_options import NO_OPTIONS, OPTION_NAMES, ModelOptions, split_model, take_options
 
 if TYPE_CHECKING:
     from shardit.core.placement.assignment import Assignment

@@ -64,10 +64,10 @@ def inspect(flags: InspectFlags) -> None:
     config, dtype = flags.parallel_config(), setting(flags.dtype, "--dtype")
     check_installed(("diffusers", *FRAMEWORKS))
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it tells of every optional package that it misses
-    from shardit.diffusion.loading.model_options import model_options
     from shardit.diffusion.loading.shipped import configurations
     from shardit.diffusion.preflight import preflight
     from shardit.language.loading.source import known_decoder, named_decoder
+    from shardit.settings.model_options import model_options
 
     options, source = model_options(variant=flags.variant), known_decoder(flags.what())
     configs = configurations(flags.what(), flags.variant) if source is None else None

@@ -13,7 +13,6 @@ from PIL.Image import Image
 
 from shardit.config import DiffusionParallelConfig
 from shardit.diffusion.loading import shipped
-from shardit.diffusion.loading.model_options import ModelOptions, given_options, model_options, split_model
 from shardit.diffusion.output.from_file import check_fits, check_model_is_here, flags_of, read_record
 from shardit.diffusion.output.target import SUFFIXES, check_path, numbered
 from shardit.diffusion.request.images import open_image, read_image
@@ -27,6 +26,7 @@ from shardit.params import OmniDiffusionSamplingParams, field_names
 from shardit.settings.checks import text_problem, whole
 from shardit.settings.declare import Flag, declare
 from shardit.settings.flag_class import check_flags, flag_class, parse_values, values_of
+from shardit.settings.model_options import ModelOptions, given_options, model_options, split_model
 from shardit.settings.paths import check_name
 
 MODEL = "Hub id, diffusers folder or tiny/NAME."

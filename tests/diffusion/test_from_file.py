@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from shardit.cli import main
-from shardit.diffusion.loading.model_options import model_options, recorded
 from shardit.diffusion.output.from_file import (
     check_fits,
     check_model_is_here,
@@ -23,6 +22,7 @@ from shardit.diffusion.output.output import Output
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from shardit.errors import InputError
 from shardit.flags import GenerateFlags
+from shardit.settings.model_options import model_options, recorded
 
 SETTINGS = {
     "model": "tiny/flux",

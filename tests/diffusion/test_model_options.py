@@ -12,21 +12,20 @@ import torch
 import shardit
 from shardit.cli import main
 from shardit.config import DiffusionParallelConfig
-from shardit.diffusion.loading.model_options import (
-    OPTION_NAMES,
-    WHOLE,
-    described,
-    model_options,
-    parse_lora,
-    split_model,
-)
 from shardit.diffusion.loading.schedulers import changed_scheduler
 from shardit.engine.inspect import inspect_model
 from shardit.engine.process.messages import SessionSpec
 from shardit.engine.session import check
 from shardit.errors import InputError
 from shardit.loading.weight_names import choose
-from shardit.settings.lora import Lora
+from shardit.settings.lora import Lora, parse_lora
+from shardit.settings.model_options import (
+    OPTION_NAMES,
+    WHOLE,
+    described,
+    model_options,
+    split_model,
+)
 from tests.pipelines.entry import entries
 from tests.support.brought import mapped, pipeline, run, write_lora
 from tests.support.loading import loaded

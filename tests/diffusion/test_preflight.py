@@ -15,7 +15,6 @@ from shardit.core.modules.block_names import count_blocks
 from shardit.core.modules.blocks import find_blocks
 from shardit.diffusion.loading import diffusers_source
 from shardit.diffusion.loading.attention_backends import backend_names, package_of
-from shardit.diffusion.loading.model_options import model_options
 from shardit.diffusion.loading.required_packages import missing, missing_by_name
 from shardit.diffusion.preflight import preflight
 from shardit.diffusion.preflight.static_signature import static_signature, static_signatures_of_model
@@ -24,6 +23,7 @@ from shardit.diffusion.request.size_multiples import least_sides, size_multiples
 from shardit.errors import InputError
 from shardit.loading.index import component_class, components, pipeline_class
 from shardit.models import tiny
+from shardit.settings.model_options import model_options
 from tests.support.light import light_commands
 
 GENERATE = ["generate", "--prompt", "a", "--model"]

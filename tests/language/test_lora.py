@@ -13,9 +13,9 @@ import torch
 import shardit
 from shardit import DiffusionParallelConfig, InputError
 from shardit.core.comm.mesh import init_mesh
-from shardit.diffusion.loading.model_options import model_options
 from shardit.language.loading.adapter import adapted_tokenizer
 from shardit.language.loading.source import decoder_source
+from shardit.settings.model_options import model_options
 from tests.language import families
 from tests.language.adapters import ALL, change_config, change_weights, plain_peft, write_adapter
 from tests.language.cases import CASES, compare

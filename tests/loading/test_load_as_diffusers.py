@@ -16,13 +16,13 @@ from torch import nn
 from shardit import Omni
 from shardit.config import DiffusionParallelConfig
 from shardit.diffusion.loading.description import describe
-from shardit.diffusion.loading.model_options import model_options
 from shardit.engine.process.messages import SessionSpec
 from shardit.engine.session import check
 from shardit.errors import InputError
 from shardit.loading.hub import HubRemote, weight_files
 from shardit.loading.safetensors_file import Reads
 from shardit.loading.several import folders_of
+from shardit.settings.model_options import model_options
 from tests.pipelines.entry import entries
 from tests.pipelines.runs import arrays_of
 from tests.support.fork_servers import kept_fork_server

@@ -252,7 +252,7 @@ def test_errors(hub, tmp_path):
 EARLY = """
 from shardit.diffusion.preflight import preflight
 from shardit.config import DiffusionParallelConfig
-from shardit.diffusion.loading.model_options import model_options
+from shardit.settings.model_options import model_options
 def check(**dtype):
     try:
         preflight.check("us/wan", DiffusionParallelConfig(), model_options(), dtype=dtype)

@@ -11,13 +11,13 @@ from diffusers import WanTransformer3DModel, ZImageTransformer2DModel
 from safetensors.torch import load_file, save_file
 
 from shardit.config import DiffusionParallelConfig
-from shardit.diffusion.loading.model_options import model_options, split_model
 from shardit.engine.process.messages import SessionSpec
 from shardit.engine.session import check
 from shardit.errors import InputError
 from shardit.flags import GenerateFlags
 from shardit.loading.safetensors_file import Reads
 from shardit.models import tiny
+from shardit.settings.model_options import model_options, split_model
 from tests.support.loading import loaded
 
 WAN = {

@@ -13,10 +13,10 @@ from types import ModuleType
 from typing import Any
 
 import shardit
-from shardit.diffusion.loading.model_options import ModelOptions
 from shardit.engine.process.messages import SessionSpec
 from shardit.settings.checks import FLAG, NAME, TEXT
 from shardit.settings.declare import declared
+from shardit.settings.model_options import ModelOptions
 from tests.support.paths import DOCS
 
 PAGE = DOCS / "api.md"

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from shardit.core.placement.slices import Owned
-from shardit.diffusion.loading.model_options import NO_OPTIONS, ModelOptions
 from shardit.diffusion.loading.pipeline import load_pipeline, prepare
 from shardit.loading.dtypes import setting
 from shardit.loading.safetensors_file import Reads
+from shardit.settings.model_options import NO_OPTIONS, ModelOptions
 
 
 def loaded(

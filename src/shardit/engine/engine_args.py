@@ -7,12 +7,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from shardit.config import DiffusionParallelConfig, reject_unknown_names
-from shardit.diffusion.loading.model_options import model_options
 from shardit.engine.process.messages import TIMEOUT
 from shardit.errors import UnsupportedError
 from shardit.language.options import LanguageOptions
 from shardit.params import SEED
 from shardit.settings.declare import declared, hinted
+from shardit.settings.model_options import model_options
 
 SIZES = ("pipeline_parallel_size", "tensor_parallel_size", "data_parallel_size", "layer_partition")
 

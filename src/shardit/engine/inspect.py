@@ -11,11 +11,11 @@ from shardit.core.comm.mesh import axis_sizes, coordinates
 from shardit.core.placement.assignment import Assignment
 from shardit.core.placement.slices import Owned, Slice
 from shardit.diffusion.loading.description import Description, describe, describe_configs
-from shardit.diffusion.loading.model_options import model_options
 from shardit.diffusion.loading.shipped import configurations, shipped
 from shardit.diffusion.sharding.layout import lay_out
 from shardit.loading.dtypes import Setting, check_components, dtype_of
 from shardit.parallel.tensor.apply import describe_plan
+from shardit.settings.model_options import model_options
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,6 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from shardit.config import DiffusionParallelConfig, config_of
-from shardit.diffusion.loading.model_options import model_options
 from shardit.engine.arguments import checked_arguments
 from shardit.engine.engine_args import EngineArgs, check_launch
 from shardit.engine.process.failure import Timeouts
@@ -45,6 +44,7 @@ from shardit.language.request.rows import PromptGroup
 from shardit.language.request.sampling_params import SamplingParams
 from shardit.loading.missing import FRAMEWORKS, check_installed
 from shardit.params import RANDOM_SEED
+from shardit.settings.model_options import model_options
 
 if TYPE_CHECKING:
     from shardit.language.info import LanguageInfo

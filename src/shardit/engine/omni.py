@@ -8,7 +8,6 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from shardit.config import DiffusionParallelConfig, config_of
-from shardit.diffusion.loading.model_options import OPTION_NAMES, split_model, take_options
 from shardit.diffusion.preflight import preflight
 from shardit.engine.arguments import checked_arguments
 from shardit.engine.process.failure import Timeouts
@@ -18,6 +17,7 @@ from shardit.engine.session_spec import LAUNCH_NAMES, session_spec
 from shardit.engine.start import start_ranks
 from shardit.errors import InputError
 from shardit.language.loading.source import refuse_decoder
+from shardit.settings.model_options import OPTION_NAMES, split_model, take_options
 
 if TYPE_CHECKING:
     from shardit.diffusion.output.output import Output

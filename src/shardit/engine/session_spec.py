@@ -7,7 +7,6 @@ import os
 from typing import Any
 
 from shardit.config import DiffusionParallelConfig, device_kind
-from shardit.diffusion.loading.model_options import ModelOptions
 from shardit.engine.process.gpu_driver import has_gpu_driver
 from shardit.engine.process.messages import SESSION, SessionSpec
 from shardit.errors import InputError
@@ -15,6 +14,7 @@ from shardit.loading.dtypes import setting
 from shardit.loading.source import local_folder
 from shardit.settings.declare import check_declared, declared
 from shardit.settings.environment import check_environment
+from shardit.settings.model_options import ModelOptions
 
 LAUNCH_NAMES = tuple(item.name for item in declared(SessionSpec))
 """The settings of `SessionSpec` that a user can give."""

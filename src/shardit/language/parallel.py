@@ -8,15 +8,16 @@ from typing import Any
 from torch import nn
 
 from shardit.config import DiffusionParallelConfig
+from shardit.core.comm.decision import collective_decision
 from shardit.core.comm.mesh import init_mesh
+from shardit.core.modules.compiled import refuse_compiled
 from shardit.core.stages.runtime import Runtime
-from shardit.diffusion.sharding.changes import refuse_compiled
-from shardit.diffusion.sharding.decision import collective_decision, describe_slices
 from shardit.errors import InputError
 from shardit.language.loading.prepared import PreparedDecoder
 from shardit.language.loading.source import DecoderSource
 from shardit.language.sharding import DecoderLayout, check_axes, lay_out_decoder, shard_decoder
 from shardit.loading.dtypes import setting
+from shardit.parallel.tensor.plan import describe_slices
 from shardit.parallel_state import set_mesh_of_model
 from shardit.settings.lora import Lora
 

@@ -10,7 +10,6 @@ from typing import Any
 from shardit.config import DiffusionParallelConfig, fitting_partition
 from shardit.core.modules.block_names import count_blocks
 from shardit.core.placement.head_counts import check_query_heads
-from shardit.diffusion.loading.model_options import NO_OPTIONS, ModelOptions
 from shardit.errors import InputError
 from shardit.language.info import LanguageInfo
 from shardit.language.limits import POSITION_LIMITS, check_axes, check_max_model_len
@@ -19,6 +18,7 @@ from shardit.language.loading.gguf_header import read_values
 from shardit.language.loading.source import DecoderSource, read_config
 from shardit.loading.checkpoint import Checkpoint
 from shardit.settings.lora import Lora
+from shardit.settings.model_options import NO_OPTIONS, ModelOptions
 
 _PLAIN = ("llama", "mistral", "mixtral", "gemma", "gemma2", "gemma3_text", "olmo2", "smollm3")
 _PLAIN = (*_PLAIN, "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "qwen2moe", "qwen3moe")

@@ -21,14 +21,13 @@ from shardit.core.modules.blocks import drop_blocks, find_blocks
 from shardit.core.modules.patching import fixed_device_to, subclass_in_place
 from shardit.core.placement.partition import balanced_cuts
 from shardit.core.stages.runtime import Runtime
-from shardit.diffusion.family import LIBRARIES
 from shardit.errors import InputError, UnsupportedError
 from shardit.language.cache_size import cache_bytes, request_tokens
 from shardit.language.caches import StageCaches
 from shardit.language.collected import CollectedOutputs
 from shardit.language.generate import call_member, members_of
 from shardit.language.limits import check_axes
-from shardit.language.tensor import describe_replicated, plan_decoder
+from shardit.language.tensor import LIBRARIES, describe_replicated, plan_decoder
 from shardit.parallel.tensor.apply import cut_model, notes_together
 from shardit.parallel.tensor.plan import TensorPlan
 

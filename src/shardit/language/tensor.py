@@ -6,6 +6,8 @@ import re
 from dataclasses import replace
 from typing import Any
 
+from shardit.core.modules import hooks
+from shardit.core.modules.absent import Libraries
 from shardit.core.placement.slices import even
 from shardit.errors import UnsupportedError, listed
 from shardit.parallel.tensor.adapters import base_linears
@@ -22,6 +24,14 @@ from shardit.parallel.tensor.rules import (
     HeadStates,
     LatentAttention,
 )
+
+hooks.LIBRARIES.update(("transformers", "peft", "accelerate"))
+
+LIBRARIES = Libraries(
+    placing=("torch.", "shardit.", "peft.", "accelerate.", "bitsandbytes."),
+    own=("shardit.", "transformers.", "peft.", "accelerate.", "bitsandbytes."),
+)
+"""Libraries that work on parameters of language models."""
 
 FAMILY = Family(
     attentions=(

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardit.errors import InputError
-from shardit.loading.hub import HubRemote, is_hub_id, open_hub, weight_files
+from shardit.loading.hub import HubRemote, open_hub, weight_files
 from shardit.loading.index import INDEX, read_index
-from shardit.settings.paths import user_path
+from shardit.settings.paths import is_hub_id, user_path
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from dataclasses import MISSING, dataclass
 from enum import Enum
 from pathlib import Path
 
-from shardit.diffusion.loading.model_options import WHOLE, ModelOptions, split_model
 from shardit.engine.process.messages import TASK
 from shardit.errors import InputError
 from shardit.flags import LaunchFlags, ModelFlags, ParallelFlags
@@ -24,6 +23,7 @@ from shardit.server.keys import digest
 from shardit.server.options import LANGUAGE, Executor, Limits, ServeOptions
 from shardit.settings.declare import Flag, declare
 from shardit.settings.flag_class import check_flags, flag_class, values_of
+from shardit.settings.model_options import WHOLE, ModelOptions, split_model
 from shardit.settings.paths import check_name, user_path
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 from shardit.config import DiffusionParallelConfig
-from shardit.diffusion.loading.model_options import ModelOptions
 from shardit.diffusion.request.result_limits import ResultLimits
 from shardit.engine.process.messages import TASK
 from shardit.errors import InputError
@@ -17,6 +16,7 @@ from shardit.language.options import LanguageOptions
 from shardit.loading.dtypes import Setting
 from shardit.settings.checks import NAME, number, whole
 from shardit.settings.declare import Flag, declare
+from shardit.settings.model_options import ModelOptions
 
 LANGUAGE = "shardit.engine.tasks.language"
 """The task of causal language models; TASK is that of pipelines."""

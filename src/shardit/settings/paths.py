@@ -40,3 +40,15 @@ def check_name(what: str, path: str | os.PathLike[str]) -> None:
         length = max(len(os.fsencode(part)) for part in Path(text).parts)
         shown = f"{text[:_SHOWN]}..." if len(text) > _SHOWN else text
         raise InputError(f"{what} {shown} is too long (a name of {length} bytes); choose a shorter one") from None
+
+
+def is_hub_id(model: str) -> bool:
+    """Return whether a text has the form of a hub id: a name, or owner/name."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(model)
+    except HFValidationError:
+        return False
+    return True

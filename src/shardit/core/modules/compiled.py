@@ -7,8 +7,12 @@ from typing import Any
 
 from torch import nn
 
+from shardit.errors import UnsupportedError
+
 COMPILED = "_orig_mod"
 """Name of the module in the wrapper that torch.compile returns."""
+BLOCKWISE = "call compile_repeated_blocks() on it instead"
+"""Advice for models of diffusers that several ranks run together."""
 
 
 def unwrap(module: Any) -> tuple[Any, Any]:
@@ -42,3 +46,13 @@ def compiled_around(model: nn.Module, blocks: Iterable[nn.Module]) -> str | None
         if compiled and any(id(one) in inside for one in module.modules() if one is not module):
             return name or type(model).__name__
     return None
+
+
+def refuse_compiled(name: str, model: nn.Module, parts: Iterable[nn.Module]) -> None:
+    """Raise UnsupportedError if the whole `model`, or one of the parts, is compiled: its forward waits for other
+    ranks."""
+    if any(getattr(part, "_compiled_call_impl", None) is not None for part in (model, *parts)):
+        advice = BLOCKWISE if hasattr(model, "compile_repeated_blocks") else "leave it uncompiled"
+        raise UnsupportedError(
+            f"{name} is compiled, but several ranks run it together, which one compiled function cannot do: {advice}"
+        )

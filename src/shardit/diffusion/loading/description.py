@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shardit.diffusion.loading.model_options import NO_OPTIONS, ModelOptions
 from shardit.diffusion.loading.pipeline import Prepared, is_diffusers, prepare
 from shardit.loading.checkpoint import Checkpoint
 from shardit.loading.index import Component
 from shardit.loading.single_file import Original, OriginalText
 from shardit.loading.transformers_model import module_keys
 from shardit.loading.weights import check_tensors, file_keys, targets
+from shardit.settings.model_options import NO_OPTIONS, ModelOptions
 
 if TYPE_CHECKING:
     from torch import nn

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from shardit.diffusion.loading.model_options import NO_OPTIONS, WHOLE, ModelOptions, check_single_files
 from shardit.diffusion.loading.schedulers import changed_scheduler, has_default, wants_scheduler
 from shardit.diffusion.roles import denoises
 from shardit.errors import InputError, first_line
@@ -27,6 +26,7 @@ from shardit.loading.single_file import Original, OriginalText, holds, load_orig
 from shardit.loading.source import Source, locate
 from shardit.loading.transformers_model import load_transformers
 from shardit.loading.weights import Owned, load_module
+from shardit.settings.model_options import NO_OPTIONS, WHOLE, ModelOptions, check_single_files
 
 if TYPE_CHECKING:
     import torch

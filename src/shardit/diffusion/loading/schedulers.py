@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from shardit.config import did_you_mean
-from shardit.diffusion.loading.model_options import ModelOptions
 from shardit.diffusion.loading.noise_schedules import can_replace
 from shardit.diffusion.loading.timesteps import Asked, asked_by, problem
 from shardit.errors import InputError, first_line
 from shardit.settings.checks import is_number
+from shardit.settings.model_options import ModelOptions
 
 _FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 """Arguments with which a scheduler for several kinds of models serves flow-matching models."""

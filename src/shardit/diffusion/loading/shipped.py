@@ -12,7 +12,7 @@ from shardit.config import did_you_mean
 from shardit.errors import InputError
 from shardit.loading.index import INDEX
 from shardit.loading.weight_names import is_weights
-from shardit.settings.paths import user_path
+from shardit.settings.paths import is_hub_id, user_path
 
 FOLDER = Path(__file__).parent / "configs"
 
@@ -52,7 +52,7 @@ def configurations(model: str | os.PathLike[str], variant: str | None = None) ->
 
 
 def _configurations(model: str | os.PathLike[str]) -> Path | None:
-    from shardit.loading.hub import LOCAL, cached, is_hub_id
+    from shardit.loading.hub import LOCAL, cached
     from shardit.loading.source import local_folder
 
     name = os.fspath(model)

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from shardit.diffusion.class_homes import VAE_PACKAGE
-from shardit.diffusion.loading.model_options import INTO_SECOND, SECOND, ModelOptions
 from shardit.errors import InputError, first_line
 from shardit.loading.hub import unreachable
 from shardit.loading.index import ADAPTER_CONFIG, base_model, read_adapter
 from shardit.loading.missing import is_missing
 from shardit.loading.safetensors_file import Header
-from shardit.settings.lora import Lora
+from shardit.settings.lora import INTO_SECOND, SECOND, Lora
+from shardit.settings.model_options import ModelOptions
 
 
 def check_extras(cls: Any, modules: Mapping[str, Any], options: ModelOptions) -> None:

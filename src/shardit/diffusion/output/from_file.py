@@ -8,10 +8,10 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shardit.diffusion.loading.model_options import WHOLE
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from shardit.diffusion.request.step_lists import listed
 from shardit.errors import InputError
+from shardit.settings.model_options import WHOLE
 from shardit.settings.paths import check_name, user_path
 
 # Entries of a record that are not arguments of the pipeline.

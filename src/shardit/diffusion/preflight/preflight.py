@@ -16,7 +16,6 @@ from typing import Any
 from shardit.config import DiffusionParallelConfig, check_partition_variables
 from shardit.diffusion.loading import diffusers_source
 from shardit.diffusion.loading.attention_backends import check_attention_backend
-from shardit.diffusion.loading.model_options import WHOLE, ModelOptions, check_single_files
 from shardit.diffusion.loading.required_packages import check_frameworks, check_packages, missing_by_name
 from shardit.diffusion.loading.schedulers import has_default, no_scheduler, wants_scheduler
 from shardit.diffusion.loading.start_options import check_lora_file, check_lora_support
@@ -30,6 +29,7 @@ from shardit.loading.safetensors_file import Header
 from shardit.loading.source import local_folder
 from shardit.models.tiny.cache import check_cache, written_folder
 from shardit.models.tiny.recipes.catalog import recipe
+from shardit.settings.model_options import WHOLE, ModelOptions, check_single_files
 
 _NO_MODEL = re.compile("Tokenizer|Processor|Extractor|Scheduler")
 

@@ -18,7 +18,6 @@ from shardit.diffusion.loading.diffusers_source import (
     method,
     parameters_of,
 )
-from shardit.diffusion.loading.model_options import ModelOptions
 from shardit.diffusion.loading.schedulers import (
     check_arguments,
     check_shift,
@@ -27,6 +26,7 @@ from shardit.diffusion.loading.schedulers import (
     unknown_scheduler,
 )
 from shardit.diffusion.loading.timesteps import Asked, asked_in
+from shardit.settings.model_options import ModelOptions
 
 _USUAL = {
     *("self", "num_inference_steps", "device", "sigmas", "mu", "timesteps", "num_train_timesteps"),

@@ -5,12 +5,12 @@ Changes are the same on every rank, so all ranks reach the same decision here wi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from shardit.core.comm.collectives import Collectives
+from shardit.core.modules.compiled import refuse_compiled
 from shardit.core.modules.fingerprint import CLASS, FORWARD, PROCESSOR, Change
 from shardit.core.modules.patching import SWAPPED, hides
 from shardit.errors import UnsupportedError
@@ -18,19 +18,6 @@ from shardit.parallel.tensor.adapters import cut_adapters
 
 if TYPE_CHECKING:
     from shardit.diffusion.sharding.component_sharding import ComponentSharding
-
-BLOCKWISE = "call compile_repeated_blocks() on it instead"
-"""Advice for models of diffusers that several ranks run together."""
-
-
-def refuse_compiled(name: str, model: nn.Module, parts: Iterable[nn.Module]) -> None:
-    """Raise UnsupportedError if the whole `model`, or one of the parts, is compiled: its forward waits for other
-    ranks."""
-    if any(getattr(part, "_compiled_call_impl", None) is not None for part in (model, *parts)):
-        advice = BLOCKWISE if hasattr(model, "compile_repeated_blocks") else "leave it uncompiled"
-        raise UnsupportedError(
-            f"{name} is compiled, but several ranks run it together, which one compiled function cannot do: {advice}"
-        )
 
 
 def cut_blocks(model: Any) -> list[tuple[str, nn.Module]]:

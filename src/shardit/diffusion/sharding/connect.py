@@ -16,7 +16,7 @@ from shardit.core.components.layerwise import cut_layerwise
 from shardit.core.components.owned import make_owned
 from shardit.core.modules.absent import mark_absent
 from shardit.core.modules.blocks import find_blocks
-from shardit.core.modules.compiled import compile_call, unwrap, unwrap_parts
+from shardit.core.modules.compiled import BLOCKWISE, compile_call, unwrap, unwrap_parts
 from shardit.core.modules.patching import plain_class, subclass_in_place
 from shardit.core.placement.assignment import Assignment, Cut
 from shardit.core.stages.entry import entry_of, pipeline_entry
@@ -27,7 +27,6 @@ from shardit.diffusion.family import FAMILY, LIBRARIES, wrap_attention_back_ends
 from shardit.diffusion.roles import denoises, left_whole
 from shardit.diffusion.sharding.adapters import collective_fuse, local_set_device
 from shardit.diffusion.sharding.callbacks import end_callbacks, interrupt_members, shared_callback
-from shardit.diffusion.sharding.changes import BLOCKWISE
 from shardit.diffusion.sharding.component_sharding import ComponentSharding, sharding_of
 from shardit.diffusion.sharding.components import (
     BEFORE_PARALLELIZE,

@@ -1,57 +1,12 @@
-"""Comparison of the sharding decisions of all ranks, before anything is cut."""
+"""The sharding decisions of a rank as text, to compare them among ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TypeVar
+from collections.abc import Mapping
 
-from shardit.core.comm.p2p import Comm
 from shardit.core.placement.assignment import Cut
-from shardit.core.runtime.digests import short_hash
 from shardit.diffusion.sharding.layout import Layout
-from shardit.errors import InputError
-from shardit.parallel.tensor.plan import TensorPlan
-
-T = TypeVar("T")
-
-
-def collective_decision(
-    ranks: Comm, name: str, decide: Callable[[], T], describe: Callable[[T], dict[str, str]] = lambda _: {}
-) -> T:
-    """Return the result of `decide`, which must be equal on every rank. Collective, one small message.
-
-    name: of the model or pipeline, for messages. describe: returns the parts of the decision as text, by their names in
-    messages. Raises InputError on all ranks if they differ, or if any of them refuses: a rank that raised alone would
-    leave the others waiting.
-    """
-    found, refusal, words = None, None, {}
-    try:
-        found = decide()
-        words = describe(found)
-    except InputError as error:
-        refusal = error
-    encoded = [repr(item).encode() for item in (str(refusal), *words.items())]
-    if len(set(ranks.group.gather_bytes(short_hash(*encoded)))) > 1:
-        everything = ranks.group.gather_objects((None if refusal is None else str(refusal), words))
-        if refusal is None:
-            raise InputError(_difference(name, everything))
-    if refusal is not None:
-        raise refusal
-    return found  # pyright: ignore[reportReturnType]
-
-
-def _difference(title: str, everything: list[tuple[str | None, dict[str, str]]]) -> str:
-    """Return one line about the parts on which ranks have decided differently."""
-    for rank, (refusal, _) in enumerate(everything):
-        if refusal is not None:
-            return f"rank {rank} refuses, others do not: {refusal}"
-    decisions = [words for _, words in everything]
-    names = dict.fromkeys(name for words in decisions for name in words)
-    wrong = [name for name in names if len({words.get(name) for words in decisions}) > 1]
-    return (
-        f"ranks would shard {', '.join(wrong) or 'the components'} of {title} in different ways: give every rank the "
-        "same components, in the same dtype, and the same arguments"
-    )
+from shardit.parallel.tensor.plan import TensorPlan, describe_slices
 
 
 def describe_layout(layout: Layout | None) -> dict[str, str]:
@@ -70,8 +25,3 @@ def describe_blocks(decision: tuple[Mapping[str, TensorPlan], Cut | None]) -> di
     """Describe the sharding of the blocks of a model outside a pipeline."""
     slices, cut = decision
     return {"the blocks": repr(cut) + "".join(map(describe_slices, slices.values()))}
-
-
-def describe_slices(plan: TensorPlan | None) -> str:
-    """Describe the slices of a component's tensors."""
-    return repr(sorted(plan.cuts.items(), key=lambda cut: cut[0])) if plan is not None else ""

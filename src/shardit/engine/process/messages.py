@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from shardit.config import DiffusionParallelConfig
-from shardit.diffusion.loading.model_options import ModelOptions
 from shardit.engine.process.channel import Packed
 from shardit.errors import InputError, UnsupportedError
 from shardit.language.options import LanguageOptions
 from shardit.loading.dtypes import Setting, setting
 from shardit.settings.checks import TEXT, is_number, matching, whole
 from shardit.settings.declare import Flag, declare
+from shardit.settings.model_options import ModelOptions
 
 if TYPE_CHECKING:
     from shardit.diffusion.request.model_info import ModelInfo

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from shardit.config import DiffusionParallelConfig
 from shardit.diffusion.loading.diffusers_source import refused_above
-from shardit.diffusion.loading.model_options import recorded
 from shardit.diffusion.loading.required_packages import missing
 from shardit.diffusion.request.pipeline_signature import PipelineSignature, has_adapter, signature_of
 from shardit.diffusion.request.size_multiples import least_sides, size_multiples
 from shardit.engine.nodes.node_facts import fingerprint, versions
 from shardit.loading.hub import cached
+from shardit.settings.model_options import recorded
 
 if TYPE_CHECKING:
     from shardit.engine.process.messages import SessionSpec

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 from shardit.errors import InputError, first_line
 from shardit.language.loading.gguf_header import check_magic, check_package, parsed_once
-from shardit.loading.hub import FlatRemote, flat_on_hub, is_hub_id, open_flat
+from shardit.loading.hub import FlatRemote, flat_on_hub, open_flat
 from shardit.loading.index import INDEX, refuse_adapter
 from shardit.loading.quiet import quiet
 from shardit.models.tiny.language import CONFIGURATIONS, language_folder
 from shardit.models.tiny.recipes.catalog import RECIPES
-from shardit.settings.paths import user_path
+from shardit.settings.paths import is_hub_id, user_path
 
 CONFIG = "config.json"
 """The configuration file of a model of transformers."""

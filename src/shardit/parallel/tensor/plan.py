@@ -205,3 +205,8 @@ class Cutter:
                 )
             self.plan.forget(owner_of(name))
             self.left_whole(name, "it is tied to a weight that is used in another way")
+
+
+def describe_slices(plan: TensorPlan | None) -> str:
+    """Describe the slices of a component's tensors."""
+    return repr(sorted(plan.cuts.items(), key=lambda cut: cut[0])) if plan is not None else ""

@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from shardit.diffusion.loading.model_options import described
 from shardit.engine.process.failure import Failure
 from shardit.engine.process.loop import Loop
 from shardit.engine.process.messages import SESSION, SessionSpec
@@ -31,6 +30,7 @@ from shardit.server.process.forced_exit import LastResort, exit_code
 from shardit.server.supervisor.dispatch import Dispatcher
 from shardit.server.supervisor.metrics import SupervisorMetrics
 from shardit.server.supervisor.patience import TIMES_SLOWEST
+from shardit.settings.model_options import described
 
 LOAD_TIMEOUT_S = 3600.0
 _MODEL = "model"

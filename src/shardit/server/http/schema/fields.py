@@ -11,12 +11,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, create_model
 
 from shardit.config import did_you_mean
-from shardit.diffusion.loading.model_options import OPTION_NAMES
 from shardit.params import OmniDiffusionSamplingParams, field_names
 from shardit.server.http.schema.errors import ApiError
 from shardit.server.options import Limits
 from shardit.settings.checks import LARGEST
 from shardit.settings.declare import declared
+from shardit.settings.model_options import OPTION_NAMES
 
 
 def _is_false(value: Any) -> Any:

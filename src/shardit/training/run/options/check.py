@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 from shardit.config import DiffusionParallelConfig
-from shardit.diffusion.loading.model_options import ModelOptions
 from shardit.diffusion.preflight import preflight
 from shardit.errors import InputError, UnsupportedError
 from shardit.language.loading.source import named_decoder
@@ -16,6 +15,7 @@ from shardit.loading.index import base_model, read_adapter
 from shardit.loading.missing import FRAMEWORKS, check_installed, is_missing, pip_line
 from shardit.settings.checks import text_problem
 from shardit.settings.declare import check_declared
+from shardit.settings.model_options import ModelOptions
 from shardit.settings.paths import user_path
 from shardit.training.limits import check_degrees
 from shardit.training.run.places import METRICS

@@ -22,16 +22,22 @@ from bench.served import Connection, Served
 STAGES = 2
 CLIENTS = (1, 4, 16)
 LONG = 512
-"""Tokens of the prompt that arrives beside running texts."""
+"""Words of the prompt that arrives while texts run."""
 RUNNING = 8
 CHUNK = 64
 """Tokens of a chunk, as by default on CPUs."""
 
 
+SENTENCE = """the river ran down from the old hill past the mill and the farm where a man and his son had kept sheep for
+many years but in the spring of that year the water rose so high that they had to leave their home at night with all that
+they could carry and walk along the road to the next town"""
+WORDS = SENTENCE.split()
+
+
 @dataclass(frozen=True)
 class Size:
-    """model: its name. prompt, text: tokens of each request. per_client: requests of each client in a turn. long:
-    tokens of the long prompt."""
+    """model: its name. prompt: words of each request, nearly all of one token. text: tokens of each answer. per_client:
+    requests of each client in a turn. long: words of the long prompt."""
 
     model: str = "smollm2-135m"
     prompt: int = 32
@@ -40,7 +46,7 @@ class Size:
     long: int = LONG
 
 
-SMALL = Size("tiny/llama", prompt=8, text=8, per_client=1, long=200)
+SMALL = Size("tiny/llama", prompt=8, text=8, per_client=1, long=60)
 
 
 @dataclass
@@ -80,9 +86,15 @@ def measure(size: Size, rounds: int) -> dict[str, Any]:
     return found
 
 
-def prompts(size: Size, count: int) -> list[list[int]]:
-    """Prompts without a common beginning."""
-    return [[10 + (7 * number + 3 * place) % 200 for place in range(size.prompt)] for number in range(count)]
+def prompts(size: Size, count: int) -> list[str]:
+    """Prompts without a common beginning. Of words: a model continues numbers at random with parts of characters, for
+    which a stream waits, so that its pieces would be no steps."""
+    return [words(7 * number, size.prompt) for number in range(count)]
+
+
+def words(start: int, count: int) -> str:
+    """Common words, from one of them on."""
+    return " ".join(WORDS[(start + place) % len(WORDS)] for place in range(count))
 
 
 def _rates(size: Size, server: Served, staged: Any, alone: Any, clients: int, rounds: int) -> dict[str, Any]:
@@ -129,16 +141,16 @@ def percentiles(values: list[float]) -> dict[str, float]:
     }
 
 
-def body_of(prompt: list[int], tokens: int, **more: Any) -> dict[str, Any]:
+def body_of(prompt: str, tokens: int, **more: Any) -> dict[str, Any]:
     """A greedy completion of a fixed length."""
     return {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, **more}
 
 
-def served(size: Size, server: Served, todo: list[list[int]], clients: int, *, stream: bool) -> list[Times]:
+def served(size: Size, server: Served, todo: list[str], clients: int, *, stream: bool) -> list[Times]:
     """Send requests by several clients, each one after the other; the times of streamed ones."""
     own = threading.local()
 
-    def one(prompt: list[int]) -> Times:
+    def one(prompt: str) -> Times:
         if not hasattr(own, "connection"):
             own.connection = server.connect()
         if stream:
@@ -166,7 +178,7 @@ def streamed(connection: Connection, body: dict[str, Any], until: threading.Even
     return times
 
 
-def generated(size: Size, llm: Any, todo: list[list[int]], clients: int) -> None:
+def generated(size: Size, llm: Any, todo: list[str], clients: int) -> None:
     """The same requests by `LLM.generate`, as many at a time."""
     from shardit import SamplingParams
 
@@ -178,7 +190,7 @@ def generated(size: Size, llm: Any, todo: list[list[int]], clients: int) -> None
 def _beside_a_long_prompt(size: Size, server: Served, rounds: int) -> dict[str, float]:
     """Running texts while a long prompt arrives: their usual step and their longest one then, the time to the first
     token of the long prompt, and the time of one chunk alone."""
-    chunk = [streamed(server.connect(), body_of([10 + n] * CHUNK, 1, stream=True)).first_s for n in range(rounds + 1)]
+    chunk = [streamed(server.connect(), body_of(words(n, CHUNK), 1, stream=True)).first_s for n in range(rounds + 1)]
     rows = [_one_long_prompt(size, server, number) for number in range(rounds + 1)][1:]
     names = ("usual_step_s", "longest_step_s", "first_token_s")
     found = {name: median(row[place] for row in rows) for place, name in enumerate(names)}
@@ -193,7 +205,7 @@ def _one_long_prompt(size: Size, server: Served, number: int) -> tuple[float, fl
             for one in prompts(size, RUNNING)
         ]
         time.sleep(0.5 + 0.1 * size.text)
-        prompt = [10 + (5 * number + 11 * place) % 200 for place in range(size.long)]
+        prompt = words(5 * number + 33, size.long)  # no running prompt begins there
         long = streamed(server.connect(), body_of(prompt, 2, stream=True))
         over.set()
         times = [one.result() for one in running]

@@ -176,15 +176,15 @@ def test_the_server_imports_no_torch() -> None:
 
 BUDGET = {
     ".": 1280,
-    "core": 7020,
-    "diffusion": 3950,
+    "core": 7070,
+    "diffusion": 3770,
     "engine": 2800,
     "language": 2660,
     "loading": 1350,
     "models": 930,
     "parallel": 4720,
     "server": 5520,
-    "settings": 265,
+    "settings": 445,
     "training": 3900,
 }
 """Lines of code of each folder, as `make size` counts them; a number is raised on purpose, or not at all."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from shardit.errors import InputError, UnsupportedError
+from shardit.errors import InputError, UnsupportedError, did_you_mean
 from shardit.settings.checks import FLAG, matching, numbers, whole
 from shardit.settings.declare import Flag, check_declared, declare, hinted
 
@@ -310,9 +309,3 @@ def reject_unknown_names(what: str, given: Iterable[str], known: Sequence[str]) 
     for name in given:
         if name not in known:
             raise InputError(f"{what} takes no {name!r}{did_you_mean(name, known)}; it takes: {', '.join(known)}")
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return the text " (did you mean 'x'?)" for the nearest known name, or nothing."""
-    nearest = difflib.get_close_matches(str(name), list(known), n=1)
-    return f" (did you mean {nearest[0]!r}?)" if nearest else ""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 class InputError(ValueError):
@@ -59,3 +60,9 @@ def is_interrupt(error: BaseException) -> bool:
 def first_filled_line(text: str) -> str:
     """Return the first line of a text with more than blanks in it; "" where there is none."""
     return next((line.strip() for line in text.splitlines() if line.strip()), "")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the text " (did you mean 'x'?)" for the nearest known name, or nothing."""
+    nearest = difflib.get_close_matches(str(name), list(known), n=1)
+    return f" (did you mean {nearest[0]!r}?)" if nearest else ""

@@ -7,8 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
-from shardit.config import did_you_mean
-from shardit.errors import InputError
+from shardit.errors import InputError, did_you_mean
 
 P = ParamSpec("P")
 R = TypeVar("R")

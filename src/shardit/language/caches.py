@@ -58,10 +58,14 @@ class StageCaches:
         self._new: list[NewCache] = []
         self._complete = False
 
-    def before_call(self, index: int, arguments: Sequence[Any], own: bool) -> None:
+    def among(self, arguments: Sequence[Any]) -> list[Any]:
+        """Return the caches among the arguments of a block."""
+        return caches_in(arguments)
+
+    def before_call(self, index: int, caches: Sequence[Any], arguments: Sequence[Any], own: bool) -> None:
         """Prepare a block call: advance the layers that a block of another rank updates, if they have no stand-in. A
         new cache gets stand-ins for layers of other ranks now, or at the end of the call if those are not known yet."""
-        for cache in caches_in(arguments):
+        for cache in caches:
             missing = getattr(cache, OWN, None)
             if missing is None:
                 if self._complete:

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shardit.config import did_you_mean
-from shardit.errors import InputError
+from shardit.errors import InputError, did_you_mean
 from shardit.settings.checks import FLAG, NAME, NAMED_VALUES, number
 from shardit.settings.declare import Flag, check_declared, declare
 from shardit.settings.lora import Lora, loras

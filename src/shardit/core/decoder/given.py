@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,25 +18,33 @@ from shardit.core.decoder.stage_tensor import StageTensor
 class Given:
     """What a block is called with. Most blocks of a forward are given the same objects, but for the first argument.
 
-    tensors: numbers of the leaves that are tensors. staged: those whose data some ranks have. first_alone: whether the
-    first argument is the only one of these. mappings: dicts among the arguments, into which blocks may put what later
-    ones read (keys and values that layers share); `args` and `kwargs` have copies of them.
+    structure: the number of what it has in common with calls whose results differ in sizes only. tensors: numbers of
+    the leaves that are tensors. staged: those whose data some ranks have. first_alone: whether the first argument is
+    the only one of these. mappings: dicts among the arguments, into which blocks may put what later ones read (keys and
+    values that layers share); `args` and `kwargs` have copies of them. caches: those among the arguments.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     leaves: list[Any]
     spec: Any
-    structure: Any
+    structure: int
     tensors: list[int]
     staged: list[StageTensor]
     first_alone: bool
     mappings: list[MutableMapping[Any, Any]]
+    caches: list[Any]
     _sizes: dict[int, tuple[Sizes, Returned]] = field(default_factory=dict)
 
     @staticmethod
-    def of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
-        """Look at the arguments of a call."""
+    def of(
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        numbers: dict[Any, int],
+        caches_in: Callable[[Sequence[Any]], list[Any]],
+    ) -> Given:
+        """Look at the arguments of a call. numbers: of the structures so far; a new one is added. caches_in: returns
+        the caches among leaves."""
         mappings = [value for value in (*args, *kwargs.values()) if isinstance(value, MutableMapping)]
         if mappings:
             args, kwargs = tuple(map(_as_dict, args)), {name: _as_dict(value) for name, value in kwargs.items()}
@@ -44,22 +52,23 @@ class Given:
         tensors = [q for q, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
         staged = [leaf for leaf in leaves if type(leaf) is StageTensor]
         first_alone = bool(args) and len(staged) == 1 and staged[0] is args[0] and not mappings
-        return Given(args, kwargs, leaves, spec, structure(leaves, spec), tensors, staged, first_alone, mappings)
+        number = numbers.setdefault(structure(leaves, spec), len(numbers))
+        caches = caches_in(leaves)
+        return Given(args, kwargs, leaves, spec, number, tensors, staged, first_alone, mappings, caches)
 
-    def next(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
-        """Look at the arguments of another call, at the first one alone if the others are the same objects."""
+    def next(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given | None:
+        """Look at the first argument of another call if all others are the same objects; else return None."""
         if not self.first_alone or len(args) != len(self.args) or len(kwargs) != len(self.kwargs):
-            return Given.of(args, kwargs)
+            return None
         first, before, own = args[0], self.args[0], self.kwargs
         alike = type(first) is StageTensor and first.dtype == before.dtype and first.shape == before.shape
         if not alike or any(name not in own or own[name] is not value for name, value in kwargs.items()):
-            return Given.of(args, kwargs)
+            return None
         if any(one is not other for one, other in zip(args[1:], self.args[1:], strict=True)):
-            return Given.of(args, kwargs)
+            return None
         # A new object: another program may be paused in the call that this one describes.
-        found = copy.copy(self)
-        found.args, found.kwargs, found.leaves, found.staged = args, kwargs, [first, *self.leaves[1:]], [first]
-        return found
+        unchanged = self.spec, self.structure, self.tensors, [first], True, self.mappings, self.caches, self._sizes
+        return Given(args, kwargs, [first, *self.leaves[1:]], *unchanged)
 
     def sizes(self, known: Returned) -> Sizes:
         """Return the sizes of the new tensors that a block returns, as far as they are known."""

@@ -194,6 +194,7 @@ def _dense(tensor: torch.Tensor, order: tuple[int, ...]) -> bool:
     )
 
 
+@functools.lru_cache(1024)
 def strides(size: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
     """Return the strides of a dense tensor whose dims lie in memory in this order."""
     found, step = [0] * len(size), 1

@@ -12,7 +12,7 @@ import functools
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,15 +23,26 @@ from shardit.core.decoder.link import Link
 SMALL = 4096
 """Elements of the largest integer results that all ranks get at once."""
 
+_NONE = frozenset[int]()
 _copies = itertools.count(1)
 
 
 @dataclass(eq=False)
 class Memory:
-    """A storage: the ranks that have it, and by their ids the tensors of which further ranks have copies."""
+    """A storage: the ranks that have it, and by their ids the tensors of which further ranks have copies, if any."""
 
     holders: frozenset[int]
-    copied: weakref.WeakValueDictionary[int, StageTensor] = field(default_factory=weakref.WeakValueDictionary)
+    _copied: weakref.WeakValueDictionary[int, StageTensor] | None = None
+
+    def add_copied(self, tensor: StageTensor) -> None:
+        """Record a tensor of which further ranks have copies."""
+        if self._copied is None:
+            self._copied = weakref.WeakValueDictionary()
+        self._copied[id(tensor)] = tensor
+
+    def copied(self) -> list[StageTensor]:
+        """Return the tensors of which further ranks have copies."""
+        return [] if self._copied is None else list(self._copied.values())
 
 
 class StageTensor(torch.Tensor):
@@ -74,7 +85,7 @@ def stage_tensor(look: Look, data: torch.Tensor | None, memory: Memory, link: Li
     out: Any = torch.Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
         StageTensor, size, strides=strides, storage_offset=offset, dtype=dtype, device=link.device
     )
-    out.data_here, out.memory, out.link, out.copy_ranks, out.copy = data, memory, link, frozenset(), 0
+    out.data_here, out.memory, out.link, out.copy_ranks, out.copy = data, memory, link, _NONE, 0
     return out
 
 
@@ -89,16 +100,16 @@ def bring(tensors: Sequence[StageTensor], ranks: frozenset[int]) -> None:
         tensor.data_here = None if here.is_meta else here
         tensor.copy = tensor.copy or next(_copies)
         tensor.copy_ranks |= missing
-        tensor.memory.copied[id(tensor)] = tensor
+        tensor.memory.add_copied(tensor)
 
 
 def written(tensor: StageTensor, ranks: frozenset[int]) -> None:
     """Some ranks have written to the memory of a tensor: they alone have what it holds now."""
     here = tensor.link.rank
-    for other in [tensor, *tensor.memory.copied.values()]:
+    for other in [tensor, *tensor.memory.copied()]:
         other.copy_ranks = other.copy_ranks & ranks if other.copy == tensor.copy else frozenset()
     tensor.memory.holders &= ranks
-    for other in [tensor, *tensor.memory.copied.values()]:
+    for other in [tensor, *tensor.memory.copied()]:
         if here not in other.holders:
             other.data_here = None
 
@@ -208,7 +219,7 @@ def _wrapped(out: Any, kind: _Kind, base: StageTensor, ranks: frozenset[int], li
             view = stage_tensor(look, data, base.memory, link)
             if base.copy_ranks:
                 view.copy_ranks, view.copy = base.copy_ranks, base.copy
-                base.memory.copied[id(view)] = view
+                base.memory.add_copied(view)
             return view
         if not look[3].is_floating_point and look[0].numel() <= SMALL:
             return data if len(ranks) == link.size else link.share(_meta(look) if data is None else data, ranks)

@@ -25,7 +25,11 @@ from shardit.errors import RankError, UnsupportedError
 class CacheTracker(Protocol):
     """Updates caches among the arguments of blocks for layers of other ranks."""
 
-    def before_call(self, index: int, arguments: Sequence[Any], own: bool) -> None:
+    def among(self, arguments: Sequence[Any]) -> list[Any]:
+        """Return the caches among the arguments of a block."""
+        ...
+
+    def before_call(self, index: int, caches: Sequence[Any], arguments: Sequence[Any], own: bool) -> None:
         """Prepare a call of block number `index`, on its owner (`own`) and on the others."""
         ...
 
@@ -68,8 +72,9 @@ class Collector(Protocol):
 class DecoderStages:
     """A decoder cut at the calls of its blocks (embedding, layers, head).
 
-    owners[i]: stage of block i. ran[i]: how often this rank ran it. _storing: blocks that store keys in mappings, whose
-    lengths follow no argument, so they are sent each time. Calls of blocks run without gradients.
+    owners[i]: stage of block i. ran[i]: how often this rank ran it. _structures: numbers of those of arguments. _known:
+    results by block and structure; equal ones are one object, `_results`. _storing: blocks that store keys in mappings,
+    whose lengths follow no argument, so they are sent each time. Calls of blocks run without gradients.
     """
 
     model: nn.Module
@@ -79,10 +84,12 @@ class DecoderStages:
     caches: CacheTracker
     collector: Collector
     ran: Counter[int] = field(default_factory=Counter)
+    _structures: dict[Any, int] = field(default_factory=dict)
     _known: dict[Any, Returned] = field(default_factory=dict)
+    _results: dict[Returned, Returned] = field(default_factory=dict)
     _storing: set[int] = field(default_factory=set)
     _inside: bool = False
-    _given: Given = field(default_factory=lambda: Given.of((), {}))
+    _given: Given | None = None
 
     def __post_init__(self) -> None:
         self._each = [frozenset((rank,)) for rank in range(self.link.size)]
@@ -95,7 +102,7 @@ class DecoderStages:
     def end_call(self) -> None:
         """Release the arguments of blocks at the end of a call of the model, as caches and masks may be large."""
         self.caches.end_call()
-        self._given = Given.of((), {})
+        self._given = None
 
     def _intercepted(self, index: int, own: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(own)
@@ -109,9 +116,12 @@ class DecoderStages:
     def block_call(self, index: int, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a block on its owner; the others get stage tensors for its results."""
         owner, link = self.owners[index], self.link
-        given = self._given = self._given.next(args, kwargs)
+        given = None if self._given is None else self._given.next(args, kwargs)
+        if given is None:
+            given = Given.of(args, kwargs, self._structures, self.caches.among)
+        self._given = given
         bring(given.staged, self._each[owner])
-        self.caches.before_call(index, given.leaves, owner == link.rank)
+        self.caches.before_call(index, given.caches, given.leaves, owner == link.rank)
         key, names = (index, given.structure), self.collector.names()
         if names:
             key, call = (*key, names), self.collector.apart(call)
@@ -228,6 +238,7 @@ class DecoderStages:
     def _remember(self, key: Any, known: Returned | None, found: Returned, slots: tuple[int, ...]) -> None:
         self.caches.add_slots(key[0], slots)
         try:
-            self._known[key] = found if known is None else narrowed(known, found)
+            result = found if known is None else narrowed(known, found)
+            self._known[key] = self._results.setdefault(result, result)
         except ValueError as error:
             raise UnsupportedError(f"{self.blocks[key[0]][0]} cannot run on one rank alone: {error}") from None

@@ -7,10 +7,9 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from shardit.config import did_you_mean
 from shardit.diffusion.loading.noise_schedules import can_replace
 from shardit.diffusion.loading.timesteps import Asked, asked_by, problem
-from shardit.errors import InputError, first_line
+from shardit.errors import InputError, did_you_mean, first_line
 from shardit.settings.checks import is_number
 from shardit.settings.model_options import ModelOptions
 

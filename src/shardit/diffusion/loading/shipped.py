@@ -8,8 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from shardit.config import did_you_mean
-from shardit.errors import InputError
+from shardit.errors import InputError, did_you_mean
 from shardit.loading.index import INDEX
 from shardit.loading.weight_names import is_weights
 from shardit.settings.paths import is_hub_id, user_path

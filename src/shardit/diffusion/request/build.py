@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from shardit.config import did_you_mean
 from shardit.diffusion.loading.diffusers_source import module_of
 from shardit.diffusion.loading.required_packages import check_packages
 from shardit.diffusion.request.argument_values import check_attention, checked_value
@@ -17,7 +16,7 @@ from shardit.diffusion.request.pipeline_signature import PipelineSignature, is_c
 from shardit.diffusion.request.request import Request
 from shardit.diffusion.request.result_limits import ResultLimits, limit_problem
 from shardit.diffusion.request.step_lists import listed, steps_problem
-from shardit.errors import InputError
+from shardit.errors import InputError, did_you_mean
 from shardit.params import FRAME_RATE, OmniDiffusionSamplingParams, field_names, seed_or_drawn
 from shardit.settings.checks import TEXT, text_problem
 

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from shardit.config import did_you_mean
-from shardit.errors import InputError
+from shardit.errors import InputError, did_you_mean
 from shardit.language.request.rows import Row
 from shardit.language.request.sampling_params import SamplingParams
 from shardit.params import seed_or_drawn

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shardit.config import did_you_mean
-from shardit.errors import InputError
+from shardit.errors import InputError, did_you_mean
 from shardit.language.request.plain_messages import plain_messages
 from shardit.settings.checks import text_problem
 from shardit.settings.paths import user_path

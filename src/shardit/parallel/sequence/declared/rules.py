@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from shardit.config import did_you_mean
-from shardit.errors import InputError
+from shardit.errors import InputError, did_you_mean
 from shardit.sp_plan import SequenceParallelInput, SequenceParallelOutput
 
 DECLARED, OF_DIFFUSERS = "_sp_plan", "_cp_plan"

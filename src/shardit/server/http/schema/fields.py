@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, create_model
 
-from shardit.config import did_you_mean
+from shardit.errors import did_you_mean
 from shardit.params import OmniDiffusionSamplingParams, field_names
 from shardit.server.http.schema.errors import ApiError
 from shardit.server.options import Limits

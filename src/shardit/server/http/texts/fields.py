@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
-from shardit.config import did_you_mean
+from shardit.errors import did_you_mean
 from shardit.language.request.sampling_params import SamplingParams
 from shardit.server.http.schema.errors import ApiError
 from shardit.settings.declare import declared

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shardit.config import DiffusionParallelConfig, did_you_mean
-from shardit.errors import InputError, first_line
+from shardit.config import DiffusionParallelConfig
+from shardit.errors import InputError, did_you_mean, first_line
 from shardit.loading.missing import missing_package
 from shardit.settings.declare import Flag, declared
 from shardit.training.settings import TrainSettings

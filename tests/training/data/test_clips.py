@@ -264,7 +264,9 @@ def test_a_clip_that_is_too_short_is_left_out_by_name(tmp_path: Path) -> None:
 
 def test_clips_for_a_model_of_pictures(tmp_path: Path) -> None:
     clip(tmp_path / "a.gif", 3)
-    with pytest.raises(InputError, match=r"^a\.gif is a clip, and this model makes pictures; take it out of the data"):
+    with pytest.raises(
+        InputError, match=r"^a\.gif is a clip, and this model makes pictures; take clips out of the data"
+    ):
         data(tmp_path, PICTURES)
 
 

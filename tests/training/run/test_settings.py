@@ -148,6 +148,8 @@ def test_mistakes_on_the_command_line(capsys: pytest.CaptureFixture[str], tmp_pa
     def refused(*words: str) -> str:
         return train(capsys, *base, *words)
 
+    assert "must be one of shapes:still" in train(capsys, *base[:2], "--data", "shapes:movin", *base[4:])
+    assert "number of items" in train(capsys, *base[:2], "--data", "shapes:still:0", *base[4:])
     assert "--data is missing" in train(capsys, "--model", "tiny/wan2.2-ti2v", "--output", "x")
     assert "there is no such file" in train(capsys, *base[:2], "--data", str(tmp_path / "none"), *base[4:])
     assert "--output" in train(capsys, *base[:4], "--output", str(tmp_path / "file"))

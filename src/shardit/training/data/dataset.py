@@ -103,7 +103,10 @@ def _samples(
     left_out: list[str] = []
     for item in found.items:
         if item.media.moving and format.frames is None:
-            raise InputError(f"{item.name} is a clip, and this model makes pictures; take it out of the data")
+            raise InputError(
+                f"{item.name} is a clip, and this model makes pictures; take clips out of the data (of drawn shapes, "
+                "use shapes:still)"
+            )
         extent = item.media.extent(reading)
         bucket = bucket_of(extent, sizes, format)
         if bucket is None:

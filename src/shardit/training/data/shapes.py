@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shardit.errors import InputError
+
 COLOURS = {
     "red": (220, 40, 40),
     "green": (40, 165, 70),
@@ -46,6 +48,9 @@ KINDS: dict[str, tuple[str, ...]] = {
 """Directions in each kind of data, by the name behind "shapes:". Centred shapes move through the middle of the frame
 and hardly differ in size: a small model learns them in an hour."""
 
+_MOST = 10**7
+"""Largest number of drawn items."""
+
 _HELD_OUT = 8
 """One of so many captions is held out."""
 
@@ -60,6 +65,16 @@ _CENTRED_SIZES, _CENTRED_TRAVEL, _CENTRED_ROOM = (0.2, 0.24), (0.38, 0.44), 0.03
 
 _MARGIN = 0.02
 """Share of a side between a shape and the edge of the frame."""
+
+
+def kind_and_count(name: str) -> tuple[str, int | None]:
+    """Return the parts of "KIND" or "KIND:COUNT". Raises InputError."""
+    kind, colon, number = name.partition(":")
+    if kind not in KINDS:
+        raise InputError(f"data shapes:{name} must be one of {', '.join(f'shapes:{one}' for one in KINDS)}")
+    if colon and not (number.isascii() and number.isdecimal() and 1 <= int(number) <= _MOST):
+        raise InputError(f"data shapes:{name}: the number of items must be from 1 to {_MOST}, as in shapes:{kind}:500")
+    return kind, int(number) if colon else None
 
 
 @dataclass(frozen=True)

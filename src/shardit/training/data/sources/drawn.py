@@ -9,15 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from shardit.errors import InputError
 from shardit.training.data.items import Found, Item, found
 from shardit.training.data.media import Extent, Reading
-from shardit.training.data.shapes import KINDS, Drawing, drawing
+from shardit.training.data.shapes import Drawing, drawing, kind_and_count
 
 COUNT, HELD_OUT_COUNT = 2000, 64
 """Items of shapes:KIND, as data and as held-out data; shapes:KIND:COUNT has another number."""
-
-_MOST = 10**7
 
 
 @dataclass(frozen=True)
@@ -47,11 +44,7 @@ class Drawn:
 def drawn_items(name: str, held_out: bool) -> Found:
     """Return the items of "KIND" or "KIND:COUNT"; held_out: with captions that the others never have. Raises
     InputError."""
-    kind, colon, number = name.partition(":")
-    if kind not in KINDS:
-        raise InputError(f"data shapes:{name} must be one of {', '.join(f'shapes:{one}' for one in KINDS)}")
-    if colon and not (number.isascii() and number.isdecimal() and 1 <= int(number) <= _MOST):
-        raise InputError(f"data shapes:{name}: the number of items must be from 1 to {_MOST}, as in shapes:{kind}:500")
-    total = int(number) if colon else HELD_OUT_COUNT if held_out else COUNT
+    kind, count = kind_and_count(name)
+    total = count or (HELD_OUT_COUNT if held_out else COUNT)
     drawn = [drawing(index, kind=kind, held_out=held_out) for index in range(total)]
     return found(Item(f"{kind}-{index:07}", Drawn(one), one.caption) for index, one in enumerate(drawn))

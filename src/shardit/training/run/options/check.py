@@ -17,6 +17,7 @@ from shardit.settings.checks import text_problem
 from shardit.settings.declare import check_declared
 from shardit.settings.model_options import ModelOptions
 from shardit.settings.paths import user_path
+from shardit.training.data.shapes import kind_and_count
 from shardit.training.limits import check_degrees
 from shardit.training.run.places import METRICS
 from shardit.training.settings import TrainSettings
@@ -27,7 +28,8 @@ DIFFUSION, LANGUAGE = "shardit.training.diffusion.recipe", "shardit.training.lan
 _PACKAGES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}
 """Packages of optimizers that torch does not have."""
 
-_OTHER_DATA = ("shapes:", "hf:")
+SHAPES = "shapes:"
+_OTHER_DATA = (SHAPES, "hf:")
 """Beginnings of data that is no path."""
 
 
@@ -69,6 +71,8 @@ def check_paths(settings: TrainSettings) -> None:
         text = getattr(settings, name)
         if text and not text.startswith(_OTHER_DATA) and not user_path(f"--{name.replace('_', '-')}", text).exists():
             raise InputError(f"--{name.replace('_', '-')} {text}: there is no such file or folder")
+        if text and text.startswith(SHAPES):
+            kind_and_count(text.removeprefix(SHAPES))
         if text and settings.output is not None and not text.startswith(_OTHER_DATA):
             _check_apart(f"--{name.replace('_', '-')}", text, settings.output)
     for name in ("output", "cache"):

@@ -29,9 +29,13 @@ def _mask() -> Any:
 
 
 def _entry(
-    name: str, made: Callable[[], dict[str, Any]], arguments: Callable[[], dict[str, Any]], **config: Any
+    name: str,
+    made: Callable[[], dict[str, Any]],
+    arguments: Callable[[], dict[str, Any]],
+    rounded: bool = False,
+    **config: Any,
 ) -> PipelineEntry:
-    return PipelineEntry(name, lambda: parts.pipeline(name, **made(), **config), arguments)
+    return PipelineEntry(name, lambda: parts.pipeline(name, **made(), **config), arguments, rounded=rounded)
 
 
 # --- Stable Diffusion 3 -------------------------------------------------------------------------------------------
@@ -176,7 +180,9 @@ _Z_ENTRIES = (
     _entry("ZImagePipeline", _z_image, lambda: text_call(**_Z_SHORT)),
     _entry("ZImageImg2ImgPipeline", _z_image, lambda: picture_call(**_Z_SHORT)),
     _entry("ZImageInpaintPipeline", _z_image, lambda: picture_call(mask_image=_mask(), **_Z_SHORT)),
-    _entry("ZImageOmniPipeline", _z_omni, lambda: text_call(image=[parts.picture(64, 64)], **_Z_SHORT)),
+    _entry(  # it takes the VAE in bfloat16
+        "ZImageOmniPipeline", _z_omni, lambda: text_call(image=[parts.picture(64, 64)], **_Z_SHORT), rounded=True
+    ),
     _entry(
         "ZImageControlNetPipeline",
         lambda: _z_control(4),

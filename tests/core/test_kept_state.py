@@ -242,6 +242,63 @@ def class_of_self(transformer: Any) -> None:
         block.__class__ = Counting
 
 
+def setting(transformer: Any, early: bool, read: bool) -> None:
+    """A forward that puts another tensor of the same numbers into a module in each call: before the blocks or after
+    them, and reads it there, or does not before it sets it."""
+    plain: Any = type(transformer)
+    transformer.register_buffer("table", torch.ones(3), persistent=False)
+
+    class Setting(plain):
+        def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            factor = self.table.mean() if read else 1.0
+            if early:
+                self.table = torch.arange(3.0) / 8 + 1
+            hidden_states = hidden_states * (self.table.mean() if early else 1.0) * factor
+            out = plain.forward(self, hidden_states, *args, **kwargs)
+            if not early:
+                self.table = torch.arange(3.0) / 8 + 1
+            return out
+
+    transformer.__class__ = Setting
+
+
+def table(transformer: Any) -> None:
+    setting(transformer, early=True, read=False)
+
+
+def table_read_early(transformer: Any) -> None:
+    setting(transformer, early=True, read=True)
+
+
+def table_set_late(transformer: Any) -> None:
+    setting(transformer, early=False, read=False)
+
+
+def table_of_a_block(transformer: Any) -> None:
+    plain: Any = type(transformer.transformer_blocks[0])
+    transformer.transformer_blocks[0].table = torch.ones(3)
+
+    class Setting(plain):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            self.table = torch.arange(3.0)
+            return plain.forward(self, *args, **kwargs)
+
+    transformer.transformer_blocks[0].__class__ = Setting
+
+
+KEPT = (table_read_early, table_set_late, table_of_a_block)
+
+
+@pytest.mark.parametrize("axis", ["stages", "guidance"])
+def test_tables_that_each_call_sets_before_it_reads_them(axis: str) -> None:
+    tiny.resolve("tiny/qwen-image")
+    for first, *others in run_ranks(2, outcomes, axis, (table, *KEPT)):
+        check(first, table, 0)
+        for change, got in zip(KEPT, others, strict=True):
+            assert isinstance(got, str), change.__name__
+            assert "table in each of its calls" in got
+
+
 COUNTED = (model, block, processor, step_cache, counting_hook, wrapped_blocks)
 DEEP = (deep_store, deep_object, counter_in_place, cache_in_place, array, class_attribute, module_variable)
 ALL: tuple[Callable[[Any], None], ...] = (*COUNTED, *DEEP, class_of_self, generators, generator_of_a_hook)

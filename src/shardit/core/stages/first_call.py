@@ -25,6 +25,7 @@ from shardit.core.modules.state.module_state import (
     state_of,
     unversioned_writes,
 )
+from shardit.core.modules.state.tables import Table, tables
 from shardit.core.modules.transient import TransientChanges
 from shardit.core.plans.local_plan import LocalPlan
 from shardit.core.plans.traced_call import TracedCall
@@ -46,7 +47,7 @@ class FirstCalls:
 
     traced: how many there were. checked: the kinds of calls that were compared with a pipelined one. alone:
     whether a call changes modules for its own length, so that no other may be in flight. left: what the model kept
-    after the last of them, until the pipeline's call has ended.
+    after the last of them, until the pipeline's call has ended. tables: names of tensors that each call sets anew.
     """
 
     cut: CutModel
@@ -55,6 +56,7 @@ class FirstCalls:
     checked: set[Any] = field(default_factory=set)
     alone: bool = False
     left: State | None = None
+    tables: set[str] = field(default_factory=set)
 
     def run(self, forward: Callable[..., Any], call: FlatCall, code: Any) -> tuple[Any, LocalPlan, set[int]]:
         """Return the result of a call, the plan of those that follow, and the leaves of its arguments whose values
@@ -87,14 +89,15 @@ class FirstCalls:
         """At the end of a pipeline's call: warn where calls after the first ones have changed something."""
         left, self.left = self.left, None
         late = late_changes(left, state_of(self.cut.model)) if left is not None else []
+        late = [name for name in late if name not in self.tables]
         if late:
             text = "%s: calls after the first ones change %s, and each rank makes a part of them: compare with one rank"
             log.warning(text, self.cut.name, late[0])
 
-    def watched(self, forward: Callable[[], Any], arguments: Any) -> Any:
+    def watched(self, forward: Callable[[], Any], arguments: Any, look: Callable[[], None] = lambda: None) -> Any:
         """Return the result of a forward that runs block by block on all stages at once, of which nothing is
-        remembered. Only inside `CutModel.untraced`."""
-        uncounted = TracedCall(replace(self.cut, ran=Counter()), self.runtime.comm)
+        remembered. Only inside `CutModel.untraced`. look: called at the first block of each stage."""
+        uncounted = TracedCall(replace(self.cut, ran=Counter()), self.runtime.comm, look)
         return uncounted.run(lambda *_: forward(), FlatCall.of((arguments,), {}))[0]
 
     def _note_transient(self, names: list[list[str]]) -> None:
@@ -110,7 +113,7 @@ class FirstCalls:
     ) -> None:
         """Raise UnsupportedError where the model keeps something that changes from call to call: the ranks make other
         calls each. What one call sets and the next leaves alike (a table, say) is harmless, and so is what hooks count
-        or collect without reading it: that is NaN in a second call, which must give the same."""
+        or collect without reading it: that is NaN in a second call, which must give the same. So are tables."""
         comm, after = self.runtime.comm, self._state(call)
         changed = [differences(before, after, outside) for outside in (False, True)]
         gathered = comm.group.gather_objects((any(changed), transient.found(after)))
@@ -118,20 +121,49 @@ class FirstCalls:
         if not any(differ for differ, _ in gathered):
             return
         poison(before, after)
+        anew: dict[str, Table] = {}
         try:
             with generators_kept(self.runtime.mesh.device), self.cut.untraced():
                 again = self.watched(lambda: forward(*call.args, **call.kwargs), (call.args, call.kwargs))
             later = self._state(call)
             still = differences(after, later, rewritten=True) + unversioned_writes(before, after)
             still += changed[1] if not same_bits(out, again) else []
+            anew = tables(after, later, {part for _, block in self.cut.blocks for part in block.modules()})
         except UnsupportedError:  # the same call takes another course, on every rank
             still = [*changed[0], *changed[1]]
         restore(after.outside())
-        found = comm.group.gather_objects((still, changed[1]))
-        refuse_counters(self.cut.name, [of_rank for of_rank, _ in found])
-        counted = [name for _, of_rank in found for name in of_rank]
+        found = comm.group.gather_objects((still, changed[1], [*anew]))
+        names = [of_rank for of_rank, _, _ in found]
+        if any(names) and all({*of_rank} <= {*known} for of_rank, _, known in found):
+            names = comm.group.gather_objects(self._read_early(forward, call.again(), out, anew))
+            self.tables.update(anew)
+        refuse_counters(self.cut.name, names)
+        counted = [name for _, of_rank, _ in found for name in of_rank]
         if counted and self.runtime.mesh.rank == 0:
             log.warning("%s: its calls change %s, but each rank makes a part of them", self.cut.name, counted[0])
+
+    def _read_early(
+        self, forward: Callable[..., Any], call: FlatCall, out: Any, anew: Mapping[str, Table]
+    ) -> list[str]:
+        """Return the names of tables if a call reads them before it sets them, or sets them after its first block,
+        which other stages do not reach: then they are state. Collective; found with NaN in their place."""
+        unset: list[str] = []
+        for table in anew.values():
+            table.put(table.nan)
+        try:
+            with generators_kept(self.runtime.mesh.device), self.cut.untraced():
+                again = self.watched(
+                    lambda: forward(*call.args, **call.kwargs),
+                    (call.args, call.kwargs),
+                    lambda: unset.extend(name for name, table in anew.items() if table.is_unset),
+                )
+        except UnsupportedError:  # it takes another course, on every rank
+            return [*anew]
+        finally:
+            for table in anew.values():
+                if table.is_unset:
+                    table.put(table.tensor)
+        return unset if same_bits(out, again) else [*anew]
 
     def _state(self, call: FlatCall) -> State:
         """What the model keeps, and objects that it is given."""

@@ -48,7 +48,7 @@ def ineffective(arguments: Mapping[str, Any], names: Mapping[str, Any], pipe: An
         notes += [f"{name} {advice}" for name in given if name.startswith(_OF_GUIDANCE)]
     for name in given:
         needed = next((other for start, other in _NEEDS.items() if name.startswith(start)), None)
-        if needed in names and not arguments.get(needed, names[needed].default):
+        if needed is not None and needed in names and not arguments.get(needed, names[needed].default):
             notes.append(f"{name} has no effect without {needed}")
     if "mu" in given and names["mu"].default is None and not _shifts(pipe):
         notes.append("mu has no effect with a scheduler without use_dynamic_shifting")

@@ -47,6 +47,11 @@ def tables(before: State, after: State, without: Collection[nn.Module]) -> dict[
             earlier = old.held.get(key)
             if isinstance(tensor, torch.Tensor) and isinstance(earlier, torch.Tensor) and tensor is not earlier:
                 nan = nan_like(tensor)
-                if nan is not tensor and tensor.dtype == earlier.dtype and torch.equal(tensor, earlier):
+                if nan is not tensor and _equal(tensor, earlier):
                     found[name_of(new.path, key)] = Table(module, key, tensor, nan)
     return found
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    alike = (one.dtype, one.device) == (other.dtype, other.device) and not one.is_meta
+    return alike and torch.equal(one, other)

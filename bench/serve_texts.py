@@ -28,9 +28,9 @@ CHUNK = 64
 """Tokens of a chunk, as by default on CPUs."""
 
 
-SENTENCE = """the river ran down from the old hill past the mill and the farm where a man and his son had kept sheep for
-many years but in the spring of that year the water rose so high that they had to leave their home at night with all that
-they could carry and walk along the road to the next town"""
+SENTENCE = """the river ran down from the old hill past the mill and the farm where a man and his son had kept
+sheep for many years but in the spring of that year the water rose so high that they had to leave
+their home at night with all that they could carry and walk along the road to the next town"""
 WORDS = SENTENCE.split()
 
 

@@ -60,7 +60,13 @@ class StageCaches:
 
     def among(self, arguments: Sequence[Any]) -> list[Any]:
         """Return the caches among the arguments of a block."""
-        return caches_in(arguments)
+        found = []
+        for leaf in arguments:
+            if isinstance(leaf, EncoderDecoderCache):
+                found += [leaf.self_attention_cache, leaf.cross_attention_cache]
+            elif isinstance(leaf, Cache):
+                found.append(leaf)
+        return found
 
     def before_call(self, index: int, caches: Sequence[Any], arguments: Sequence[Any], own: bool) -> None:
         """Prepare a block call: advance the layers that a block of another rank updates, if they have no stand-in. A
@@ -80,7 +86,7 @@ class StageCaches:
 
     def snapshot(self, arguments: Sequence[Any]) -> Any:
         """Return the state of caches and other objects, on the owner, before the first call of a structure."""
-        caches = caches_in(arguments)
+        caches = self.among(arguments)
         others = [leaf for leaf in arguments if _may_hold_state(leaf)]
         return [(cache, list(map(_state, cache.layers))) for cache in caches], [(one, state_in(one)) for one in others]
 
@@ -161,17 +167,6 @@ class StageCaches:
 def _state(layer: Any) -> State:
     """Return the state of a cache layer, to detect changes, also in place; an empty one for a stand-in."""
     return State() if OWN in vars(layer) else state_in(layer)
-
-
-def caches_in(arguments: Sequence[Any]) -> list[Any]:
-    """Return the caches among the arguments of a block."""
-    found = []
-    for leaf in arguments:
-        if isinstance(leaf, EncoderDecoderCache):
-            found += [leaf.self_attention_cache, leaf.cross_attention_cache]
-        elif isinstance(leaf, Cache):
-            found.append(leaf)
-    return found
 
 
 def _may_hold_state(leaf: Any) -> bool:

@@ -137,6 +137,7 @@ class FirstCalls:
         if any(names) and all({*of_rank} <= {*known} for of_rank, _, known in found):
             names = comm.group.gather_objects(self._read_early(forward, call.again(), out, anew))
             self.tables.update(anew)
+            restore(after.outside())
         refuse_counters(self.cut.name, names)
         counted = [name for _, of_rank, _ in found for name in of_rank]
         if counted and self.runtime.mesh.rank == 0:

@@ -182,7 +182,7 @@ def differences(before: State, after: State, outside: bool = False, rewritten: b
                 both = name in old.held and name in new.held
                 same = both and _alike(old.held[name], new.held[name], before, after)
                 if not same and rewritten and both and new.path.startswith(ARGUMENT):
-                    same = _same_tensors(old.held[name], new.held[name])
+                    same = same_numbers(old.held[name], new.held[name])
                 if not same:
                     found[name_of(new.path, name)] = None
     for old, new in _common_contents(before, after):
@@ -191,9 +191,11 @@ def differences(before: State, after: State, outside: bool = False, rewritten: b
     return [*found]
 
 
-def _same_tensors(one: Any, other: Any) -> bool:
-    tensors = isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
-    return tensors and one.dtype == other.dtype and torch.equal(one, other)
+def same_numbers(one: Any, other: Any) -> bool:
+    """Return whether two values are tensors of the same dtype, on one device, with data, and equal."""
+    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor) or one.is_meta:
+        return False
+    return (one.dtype, one.device) == (other.dtype, other.device) and torch.equal(one, other)
 
 
 def unversioned_writes(before: State, after: State) -> list[str]:

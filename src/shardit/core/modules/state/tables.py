@@ -12,7 +12,7 @@ from torch import nn
 
 from shardit.core.modules.state.contents import nan_like
 from shardit.core.modules.state.holders import entries, name_of, put_entries
-from shardit.core.modules.state.module_state import State
+from shardit.core.modules.state.module_state import State, same_numbers
 
 
 @dataclass
@@ -45,13 +45,8 @@ def tables(before: State, after: State, without: Collection[nn.Module]) -> dict[
             continue
         for key, tensor in new.held.items():
             earlier = old.held.get(key)
-            if isinstance(tensor, torch.Tensor) and isinstance(earlier, torch.Tensor) and tensor is not earlier:
+            if tensor is not earlier and same_numbers(tensor, earlier):
                 nan = nan_like(tensor)
-                if nan is not tensor and _equal(tensor, earlier):
+                if nan is not tensor:
                     found[name_of(new.path, key)] = Table(module, key, tensor, nan)
     return found
-
-
-def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    alike = (one.dtype, one.device) == (other.dtype, other.device) and not one.is_meta
-    return alike and torch.equal(one, other)

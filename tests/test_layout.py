@@ -175,9 +175,9 @@ def test_the_server_imports_no_torch() -> None:
 
 
 BUDGET = {
-    ".": 1280,
-    "core": 7120,
-    "diffusion": 3770,
+    ".": 1285,
+    "core": 7150,
+    "diffusion": 3785,
     "engine": 2800,
     "language": 2660,
     "loading": 1350,
@@ -185,7 +185,7 @@ BUDGET = {
     "parallel": 4720,
     "server": 5520,
     "settings": 445,
-    "training": 3900,
+    "training": 3915,
 }
 """Lines of code of each folder, as `make size` counts them; a number is raised on purpose, or not at all."""
 

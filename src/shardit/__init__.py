@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from shardit.api import load as load
     from shardit.api import parallelize as parallelize
     from shardit.config import DiffusionParallelConfig as DiffusionParallelConfig
+    from shardit.config import ParallelConfig as ParallelConfig
     from shardit.config import get_pp_indices as get_pp_indices
     from shardit.core.modules.hints import Plan as Plan
     from shardit.diffusion.output.output import Output as Output
@@ -41,6 +42,7 @@ _PLACES = {
     "Omni": "shardit.engine.omni",
     "OmniDiffusionSamplingParams": "shardit.params",
     "Output": "shardit.diffusion.output.output",
+    "ParallelConfig": "shardit.config",
     "Plan": "shardit.core.modules.hints",
     "RankError": "shardit.errors",
     "UnsupportedError": "shardit.errors",
@@ -58,6 +60,7 @@ __all__ = [
     "Omni",
     "OmniDiffusionSamplingParams",
     "Output",
+    "ParallelConfig",
     "Plan",
     "RankError",
     "RequestOutput",

@@ -150,6 +150,10 @@ class DiffusionParallelConfig:
         return math.prod(getattr(self, name) for name in DEGREES.values())
 
 
+ParallelConfig = DiffusionParallelConfig
+"""The same class, by a name that says nothing of diffusion."""
+
+
 def config_of(
     config: Any, fields_given: Mapping[str, Any], callee: str, others: Sequence[str] = (), *, listed: bool = True
 ) -> DiffusionParallelConfig:

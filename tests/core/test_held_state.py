@@ -41,17 +41,14 @@ class Remembering(FluxAttnProcessor):
         return out
 
 
-def latents(pipe: Any) -> torch.Tensor:
+def latents(pipe: Any, seed: int = 3) -> torch.Tensor:
     call = {**tiny.defaults("flux"), "prompt": "a cat", "output_type": "latent"}
-    return pipe(**call, generator=torch.Generator().manual_seed(3)).images
+    return pipe(**call, generator=torch.Generator().manual_seed(seed)).images
 
 
 def cases(rank: int, count: int, method: str, name: str) -> tuple[bool, list[str], bool]:
     join(rank, count, method)
-    arguments: dict[str, Any] = {}
-    before = pipeline("flux")
-    before.transformer.register_forward_pre_hook(lambda _, __, given: arguments.update(given), with_kwargs=True)
-    plain = latents(before)
+    plain = latents(pipeline("flux"))
     pipe = shardit.parallelize(pipeline("flux"), CONFIGS[name], timeout_s=60)
     pipe.transformer.set_attn_processor(Remembering(None))
     equal = torch.equal(latents(pipe), plain)
@@ -62,21 +59,16 @@ def cases(rank: int, count: int, method: str, name: str) -> tuple[bool, list[str
     said.append(str(refused.value))
     pipe.transformer.set_attn_processor(FluxAttnProcessor())
     again = torch.equal(latents(pipe), plain)
-    arguments["hidden_states"] = arguments["hidden_states"].clone().requires_grad_()
-    with torch.enable_grad(), pytest.raises(UnsupportedError) as refused:
-        pipe.transformer(**arguments)
-    said.append(str(refused.value))
     return equal, said, again
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
-def test_state_of_processors_and_gradients_are_refused_on_all_ranks(name: str) -> None:
+def test_state_of_processors_is_refused_on_all_ranks(name: str) -> None:
     tiny.resolve("tiny/flux")
     for equal, said, again in run_ranks(2, cases, name):
         assert equal
         assert again
         assert "attn.processor.store.maps.seen in each of its calls" in said[0]
-        assert "is called for its gradients" in said[1]
 
 
 class Slotted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from shardit.settings.model_options import (
     split_model,
 )
 from tests.pipelines.entry import entries
-from tests.support.brought import mapped, pipeline, run, write_lora
+from tests.support.brought import TARGETS, mapped, pipeline, run, write_lora
 from tests.support.loading import loaded
 from tests.support.ranks import run_ranks
 from tests.support.real_omni import started
@@ -40,7 +41,17 @@ def loras(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("lo:ras")
     for seed in (5, 6):
         write_lora("flux", folder / f"flux-{seed}", seed)
+    ask_for_dropout(folder / "flux-6" / "pytorch_lora_weights.safetensors")
     return [str(folder / "flux-5" / "pytorch_lora_weights.safetensors"), str(folder / "flux-6")]
+
+
+def ask_for_dropout(file: Path) -> None:
+    """Describe the adapter as its trainer had it: diffusers then leaves dropout on when it loads the file."""
+    from safetensors.torch import load_file, save_file
+
+    described = {"transformer.r": 4, "transformer.lora_alpha": 4, "transformer.lora_dropout": 0.3}
+    described["transformer.target_modules"] = TARGETS["flux"][:2]
+    save_file(load_file(file), file, {"format": "pt", "lora_adapter_metadata": json.dumps(described)})
 
 
 def plain_with_loras(loras: list[str]) -> Any:
@@ -48,6 +59,8 @@ def plain_with_loras(loras: list[str]) -> Any:
     for number, path in enumerate(loras):
         pipe.load_lora_weights(path, adapter_name=f"lora_{number}")
     pipe.set_adapters(["lora_0", "lora_1"], [0.5, 1.0])
+    assert any(isinstance(part, torch.nn.Dropout) and part.training for part in pipe.transformer.modules())
+    pipe.transformer.eval()
     return pipe
 
 

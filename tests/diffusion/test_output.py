@@ -17,7 +17,7 @@ from shardit.diffusion.output.encode import write_video
 from shardit.diffusion.output.from_file import read_record
 from shardit.diffusion.output.output import Output
 from shardit.diffusion.output.target import check_path
-from shardit.diffusion.request.images import open_image
+from shardit.diffusion.request.images import open_image, picture_notes
 from shardit.diffusion.request.picture_arguments import open_pictures
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from shardit.errors import InputError
@@ -351,6 +351,9 @@ def test_transparency_goes_on_white_or_stays():
     assert open_image(half, "RGBA").getpixel((0, 0)) == (255, 0, 0, 128)
     assert open_image(Image.new("RGB", (2, 2), "red"), "RGBA").getpixel((0, 0)) == (255, 0, 0, 255)
     assert open_image(Image.new("LA", (2, 2), (0, 0))).getpixel((0, 0)) == (255, 255, 255)
+    given = {"image": [open_image(one) for one in (half, half, Image.new("RGBA", (2, 2), "red"))], "steps": 3}
+    assert picture_notes(given) == ["image: its transparent pixels were put on white"]
+    assert picture_notes({"a": open_image(half, "RGBA"), "b": open_image(half, "opaque")}) == []
     assert open_image(clear, "opaque").getpixel((0, 0)) == (255, 0, 0)
     assert open_image(Image.new("LA", (2, 2), (0, 0)), "opaque").getpixel((0, 0)) == (0, 0, 0)
 

@@ -17,6 +17,7 @@ from transformers import (
     StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
+    WatermarkingConfig,
     TextIteratorStreamer,
     TextStreamer,
 )
@@ -156,6 +157,10 @@ def use_options(rank: int, count: int, method: str) -> dict[str, Any]:
     reads = LogitsProcessorList([Reader()])
     expected = plain.generate(ids, logits_processor=reads, **call)
     found["processor"] = torch.equal(expected, model.generate(ids, logits_processor=reads, **call))
+    marked = {"watermarking_config": WatermarkingConfig(bias=2.5, seeding_scheme="selfhash"), **call}
+    found["watermark"] = torch.equal(plain.generate(ids, **marked), model.generate(ids, **marked))
+    parts = [{"inputs_embeds": one.get_input_embeddings()(ids)} for one in (plain, model)]
+    found["own embeddings"] = torch.equal(plain.generate(**parts[0], **call), model.generate(**parts[1], **call))
 
     with torch.no_grad():
         first, own = plain(ids), model(ids)
@@ -191,6 +196,8 @@ def test_options_of_generate_and_calls() -> None:
     assert first["criterion"] == "RankError: rank 1 failed: a stopping criterion failed: KeyError: 'broken'"
     assert second["criterion"] == "KeyError: 'broken'"
     for found in (first, second):
+        assert found["watermark"]
+        assert found["own embeddings"]
         for name in ("processor", "calls", "next call", "copied cache", "inputs_embeds", "right after errors"):
             assert found[name], name
         assert "ranks differ in inputs of LlamaForCausalLM.generate" in found["other prompts"]

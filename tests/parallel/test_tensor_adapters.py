@@ -32,7 +32,7 @@ def refusals(rank: int, count: int, method: str, folder: str) -> None:
         (lambda: pipe.transformer.save_pretrained(folder), "save_pretrained cannot be combined"),
         (pipe.enable_model_cpu_offload, "enable_model_cpu_offload cannot be combined"),
         (pipe.enable_sequential_cpu_offload, "enable_sequential_cpu_offload cannot be combined"),
-        (lambda: pipe.load_lora_weights(dora(folder)), "not plain LoRA"),
+        (lambda: pipe.load_lora_weights(dora(folder)), "the adapter is not plain LoRA, .*: merge it before"),
     ):
         with pytest.raises(UnsupportedError, match=why):
             act()

@@ -60,6 +60,8 @@ def _public(module: ModuleType) -> Iterator[tuple[str, Any]]:
 def _entry(name: str, value: Any) -> str:
     if not inspect.isclass(value):
         return f"### `{name}`\n\n{_code(name + _signature(value))}\n{inspect.getdoc(value)}\n"
+    if value.__name__ != name:
+        return f"### `{name}`\n\nAnother name of `{value.__name__}`.\n"
     fields = list(_fields(value))
     known = {one for one, *_ in fields}
     given = _signature(value.__init__, bound=True) if inspect.isfunction(value.__init__) and not fields else ""

@@ -12,7 +12,10 @@ from transformers import GenerationConfig, QuantizedCache
 
 from shardit.core.decoder.stage_tensor import materialized
 from shardit.core.decoder.stages import DecoderStages
+from shardit.core.modules.compiled import refuse_compiling
 from shardit.core.runtime.digests import named
+from shardit.core.runtime.flat_call import FlatCall
+from shardit.core.runtime.no_gradients import expect_none
 from shardit.core.stages.runtime import Runtime
 from shardit.errors import UnsupportedError
 from shardit.language.collected import CollectedOutputs
@@ -55,9 +58,13 @@ def call_member(
 
     @functools.wraps(own_call)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        refuse_compiling(cls.__name__, torch.compiler.is_compiling())
         if "tp" in runtime.mesh.axes and any(isinstance(one, QuantizedCache) for one in (*args, *kwargs.values())):
             raise UnsupportedError(_QUANTIZED)
         alone = not runtime.in_pipeline
+        if alone:
+            args, kwargs = materialized((args, kwargs))  # of a part of the model that was called by itself
+            expect_none(self, FlatCall.of(args, kwargs))
         with runtime.pipeline_call(cls.__name__, lambda: named(own_call, args, kwargs)), torch.no_grad():
             try:
                 with checks.begin(args, kwargs) if alone and checks is not None else nullcontext():
@@ -76,6 +83,7 @@ def _generate_member(cls: Any, runtime: Runtime) -> Callable[..., Any]:
     @functools.wraps(own_generate)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         streamer = kwargs.pop("streamer", None)
+        args, kwargs = materialized((args, kwargs))
 
         def compared() -> dict[str, Any]:
             found = {"model.generation_config": self.generation_config, **named(own_generate, args, kwargs)}

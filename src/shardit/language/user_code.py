@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import LogitsProcessorList, PrefixConstrainedLogitsProcessor
+from transformers import LogitsProcessorList, PrefixConstrainedLogitsProcessor, WatermarkLogitsProcessor
 from transformers.generation.stopping_criteria import (
     EosTokenCriteria,
     MaxLengthCriteria,
@@ -110,18 +110,21 @@ def processors_member(cls: Any, runtime: Runtime) -> Callable[..., Any]:
     @functools.wraps(own)
     def _get_logits_processor(self: Any, *args: Any, **kwargs: Any) -> Any:
         processors = own(self, *args, **kwargs)
-        return AlikeProcessors(processors, runtime) if any(map(_runs_user_code, processors)) else processors
+        return AlikeProcessors(processors, runtime) if any(map(_needs_scores, processors)) else processors
 
     return _get_logits_processor
 
 
-def _runs_user_code(processor: Any) -> bool:
-    return not _is_of_transformers(processor) or isinstance(processor, PrefixConstrainedLogitsProcessor)
+def _needs_scores(processor: Any) -> bool:
+    """Return whether a processor runs code of a user's, or reads scores in ways that only plain tensors have."""
+    return not _is_of_transformers(processor) or isinstance(
+        processor, (PrefixConstrainedLogitsProcessor, WatermarkLogitsProcessor)
+    )
 
 
 class AlikeProcessors(LogitsProcessorList):
-    """Logits processors. One of a user gets the scores on all ranks, so it waits for none of them, and if it fails on
-    one rank, it fails on all. The ranks that have the logits use their own result."""
+    """Logits processors. One that needs the scores gets them on all ranks, so it waits for none of them, and if it
+    fails on one rank, it fails on all. The ranks that have the logits use their own result."""
 
     def __init__(self, processors: LogitsProcessorList, runtime: Runtime):
         super().__init__(processors)
@@ -131,10 +134,10 @@ class AlikeProcessors(LogitsProcessorList):
         """Return the processed scores."""
         for processor in self:
             own = functools.partial(LogitsProcessorList([processor]), input_ids, **kwargs)
-            scores = self._of_user(own, scores) if _runs_user_code(processor) else own(scores=scores)
+            scores = self._of_all(own, scores) if _needs_scores(processor) else own(scores=scores)
         return scores
 
-    def _of_user(self, own: Callable[..., Any], scores: Any) -> Any:
+    def _of_all(self, own: Callable[..., Any], scores: Any) -> Any:
         plain = materialized(scores)
         made = alike(self._group, "a logits processor", lambda: own(scores=plain))
         return made if plain is scores else held_as(scores, made.clone())

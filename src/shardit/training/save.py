@@ -89,6 +89,12 @@ def _write_quietly(model: Any, folder: Path) -> None:
         model.save_pretrained(folder)
 
 
+def described_adapter(settings: Any) -> dict[str, Any]:
+    """Return the configuration of an adapter for a LoRA file of diffusers. Dropout is of training only, and diffusers
+    leaves that of a loaded adapter on, so the file has none."""
+    return {**settings.to_dict(), "lora_dropout": 0.0}
+
+
 def _write_lora(model: Any, folder: Path) -> None:
     """Write the LoRA file that `load_lora_weights` of diffusers' pipelines reads."""
     from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
@@ -103,7 +109,7 @@ def _write_lora(model: Any, folder: Path) -> None:
     tensors = {f"{component}.{name}": tensor.detach().cpu().contiguous() for name, tensor in found.items()}
     described = {
         f"{component}.{name}": sorted(value) if isinstance(value, set) else value
-        for name, value in settings.to_dict().items()
+        for name, value in described_adapter(settings).items()
     }
     folder.mkdir()
     metadata = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(described, indent=2, sort_keys=True, default=str)}

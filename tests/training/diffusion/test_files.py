@@ -54,7 +54,7 @@ def keys_of(file: Path) -> set[str]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_lora_file_loads_without_a_word(name: str, tmp_path: Path) -> None:
-    made = recipe_of(name, tmp_path, accumulation=24, lora_alpha=6, lora_rslora=name == "flux")
+    made = recipe_of(name, tmp_path, accumulation=24, lora_alpha=6, lora_dropout=0.3, lora_rslora=name == "flux")
     for model in made.models.values():
         stir(model)
     made.save({part: training.stages(model, made.loss) for part, model in made.models.items()}, tmp_path / "out")
@@ -68,11 +68,17 @@ def test_a_lora_file_loads_without_a_word(name: str, tmp_path: Path) -> None:
         with words() as said:
             pipe.load_lora_weights(folder, **({"load_into_transformer_2": True} if number else {}))
         assert said == []
+        assert not dropping(model)
         check_keys(folder, model)
         got, expected = output(made, model, batches[part]), output(made, trained, batches[part])
         assert (got - expected).abs().max() < 1e-5
         assert (got - expected).norm() < 1e-6 * expected.norm()
         assert (got - base).norm() > 1e-3 * expected.norm()
+
+
+def dropping(model: Any) -> list[str]:
+    """Return the dropout that a loaded adapter brings; diffusers leaves it in training mode."""
+    return [name for name, part in model.named_modules() if "lora_dropout." in name and getattr(part, "p", 0)]
 
 
 def output(made: Any, model: Any, data: Any) -> torch.Tensor:
@@ -102,10 +108,12 @@ def check_keys(folder: Path, model: Any) -> None:
 def test_a_lora_file_with_text_encoders_loads(name: str, tmp_path: Path, monkeypatch: Any) -> None:
     """transformers refuses the peft of this environment for text encoders, for what it does not need here."""
     monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **_: None)
-    made = recipe_of(name, tmp_path, train_text_encoder=True, lora_alpha=6)
+    made = recipe_of(name, tmp_path, train_text_encoder=True, lora_alpha=6, lora_dropout=0.3)
     trained: Any = made.models["unet"]
     stir(trained)
     made.save({"unet": training.stages(trained, made.loss)}, tmp_path / "out")
+    for encoder in trained.encoder_names:
+        getattr(trained, encoder).eval()
     pipe, caption = plain(name), made.micro_batches(0, 0, 1)[0].data["text"]["captions"]
     place = torch.device("cpu")
     family = trained.family

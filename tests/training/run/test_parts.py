@@ -20,7 +20,14 @@ from shardit.training.recipe import Recipe
 from shardit.training.run.report import Report, cut
 from shardit.training.run.resume import compare, record_of
 from shardit.training.run.steps.average import Average
-from shardit.training.run.steps.optimizers import found_by, make_optimizer, set_found, set_state, state_of
+from shardit.training.run.steps.optimizers import (
+    found_by,
+    make_optimizer,
+    set_found,
+    set_state,
+    state_of,
+    try_optimizer,
+)
 from shardit.training.run.steps.rates import rate
 from shardit.training.run.steps.sharded import share_out
 from shardit.training.run.steps.trained import step_seed
@@ -104,6 +111,10 @@ def test_arguments_of_optimizers_are_checked_on_every_stage() -> None:
             with pytest.raises(InputError, match=part):
                 make_optimizer(TrainSettings(optimizer_args=arguments), some)
     assert make_optimizer(TrainSettings(optimizer_args={"betas": [0.8, 0.9]}), {}) is None
+    for arguments in ({"betas": [0.9]}, {"differentiable": True}):
+        with pytest.raises(InputError, match=r"optimizer_args: AdamW"):
+            try_optimizer(TrainSettings(optimizer_args=arguments), torch.device("cpu"))
+    try_optimizer(TrainSettings(), torch.device("cpu"))
 
 
 class Prodigy(torch.optim.Optimizer):

@@ -74,6 +74,11 @@ class Mesh:
         return DeviceMesh.from_group(groups, self.device.type, ranks, mesh_dim_names=names)
 
     @property
+    def keeps_graph(self) -> bool:
+        """Whether calls of a model are recorded for gradients: slices record them, and refuse the backward."""
+        return self.pp_size == 1 and not self.axes.keys() & {"cfg", "sp"}
+
+    @property
     def pp_rank(self) -> int:
         """This rank's stage."""
         return self.coords["pp"]

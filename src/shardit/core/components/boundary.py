@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import FunctionType, MethodType
 from typing import Any
@@ -25,6 +25,7 @@ from shardit.core.modules.compiled import COMPILED
 from shardit.core.modules.hooks import hooks_below
 from shardit.core.modules.patching import SWAPPED, fixed_device_to, subclass_in_place
 from shardit.core.runtime.flat_call import FlatCall
+from shardit.core.runtime.no_gradients import expect_none
 from shardit.core.runtime.pending import PendingTensor, is_read_parameter, materialize
 from shardit.core.runtime.randomness import GENERATORS
 from shardit.errors import UnsupportedError
@@ -47,13 +48,21 @@ method, and its positional and keyword arguments without pending tensors."""
 Read = Callable[[str, torch.Tensor], torch.Tensor]
 """Returns the tensor that code outside gets for a parameter or a buffer, by its name in the component."""
 
+Turn = Callable[[], AbstractContextManager[bool]]
+"""Encloses a call in which all ranks take part; gives whether a user's own program makes it, not a pipeline."""
+
+
+def unbound() -> AbstractContextManager[bool]:
+    """The `Turn` of a component that is used by pipelines only."""
+    return nullcontext(False)
+
 
 @dataclass(eq=False)
 class Boundary:
     """One component with its interceptors.
 
-    on_all: `run` runs a method on every rank, so hooks are called there. alone: whether a call comes from a user's own
-    program, not from a pipeline. Only some ranks may use its result (to save it, say), so it is sent immediately.
+    on_all: `run` runs a method on every rank, so hooks are called there. turn: see `Turn`; of a call by a user's own
+    program only some ranks may use the result (to save it, say), so it is sent immediately.
     inside: one of its methods is running, and interceptors call through. reached: the parts with an interceptor, by
     name. libraries: prefixes of Python modules whose code is given the component's own tensors when it lists
     them; None: all code is.
@@ -63,7 +72,7 @@ class Boundary:
     run: Run
     read: Read
     on_all: bool = False
-    alone: Callable[[], bool] = lambda: False
+    turn: Turn = unbound
     inside: bool = False
     reached: list[tuple[str, nn.Module]] = field(default_factory=list)
     libraries: tuple[str, ...] | None = None
@@ -128,19 +137,15 @@ class Boundary:
             return function(*args, **kwargs)
         if not self.on_all and _calls_outside_code(module, name, args, kwargs):
             return function(*args, **kwargs)
-        if FlatCall.of(args, kwargs).asks_for_gradients():
-            kind = type(self._plain[0][0]).__name__
-            raise UnsupportedError(
-                f"{kind} is called for its gradients, but it runs on one rank without gradients: detach its "
-                "arguments, or load it again for this"
-            )
-        for tensor in list(_pending((args, kwargs))):
-            materialize(tensor)
-        with self.original_classes():
-            out = self.run(path, name, function, args, kwargs)
-        if self.alone():
-            for tensor in list(_pending(out)):
+        expect_none(self._plain[0][0], FlatCall.of(args, kwargs))
+        with self.turn() as by_user:
+            for tensor in list(_pending((args, kwargs))):
                 materialize(tensor)
+            with self.original_classes():
+                out = self.run(path, name, function, args, kwargs)
+            if by_user:
+                for tensor in list(_pending(out)):
+                    materialize(tensor)
         return out
 
     def _method(self, path: str, name: str, plain: Function, cls: type) -> Function:

@@ -17,7 +17,7 @@ from torch import nn
 
 from shardit.core.comm.barrier import checked_barrier
 from shardit.core.comm.p2p import Comm
-from shardit.core.components.boundary import Boundary
+from shardit.core.components.boundary import Boundary, Turn, unbound
 from shardit.core.components.kv_stand_ins import changed_layers, find_caches, replace_layers, state_of
 from shardit.core.components.owned import LazyBroadcast, call_on, lazy_tensor, unwrapped
 from shardit.core.modules.hooks import hooks_below
@@ -147,11 +147,11 @@ def cut_layerwise(
     owners: Sequence[int],
     cut: Collection[str] = (),
     shared: Collection[int] = (),
-    alone: Callable[[], bool] = lambda: False,
+    turn: Turn = unbound,
 ) -> LayerwiseEncoder:
     """Shard an encoder in place: keep the units of this rank, and intercept the calls of all units. `cut`: parameters
     of which owners hold slices; code outside that reads one gets an UnsupportedError. `shared`: ids of the tensors that
-    another component also has; every rank keeps them. `alone`: see Boundary.
+    another component also has; every rank keeps them. `turn`: see Boundary.
 
     The interceptor replaces `forward`, not `__call__` as for the blocks of a transformer: transformers collects hidden
     states with hooks on the layers, which must also see the outputs of layers of other ranks.
@@ -169,7 +169,7 @@ def cut_layerwise(
         if isinstance(getattr(type(module), "device", None), property):
             subclass_in_place(module, {"device": property(lambda self: device)})
     read = functools.partial(made.read, cut=cut)
-    Boundary(device, made.call, read, on_all=True, alone=alone).install(model, "")
+    Boundary(device, made.call, read, on_all=True, turn=turn).install(model, "")
     subclass_in_place(model, {"shardit_layerwise": property(lambda self: made)})
     return made
 

@@ -22,7 +22,7 @@ from shardit.core.comm.wire import (
     storage_bytes,
     view_bytes,
 )
-from shardit.core.components.boundary import Boundary, Read
+from shardit.core.components.boundary import Boundary, Read, Turn, unbound
 from shardit.core.modules.attributes import Attributes, Found
 from shardit.core.modules.patching import set_tensor
 from shardit.core.modules.small_tensors import ReplicatedTensors
@@ -39,7 +39,7 @@ def make_owned(
     replicated: Collection[str] = (),
     cut: Collection[str] = (),
     shared: Collection[int] = (),
-    alone: Callable[[], bool] = lambda: False,
+    turn: Turn = unbound,
 ) -> None:
     """Make `stage` the only owner of a component, in place: other stages keep its shapes on meta and get its outputs.
 
@@ -47,7 +47,7 @@ def make_owned(
     tensors (hidden states of all layers, say) are never sent. The same applies to parameters and buffers that code
     outside reads, except those that every rank has (`replicated`). `cut`: parameters of which the stage holds a slice;
     reading one from outside raises UnsupportedError. `shared`: ids of the tensors that another component also has;
-    every rank keeps them. `alone`: see Boundary.
+    every rank keeps them. `turn`: see Boundary.
     """
     if comm.rank != stage:
         empty(module, replicated, shared)
@@ -57,7 +57,7 @@ def make_owned(
         comm.group.device,
         lambda path, name, function, args, kwargs: run_on(comm, stage, function, args, kwargs, small, attributes),
         reader(module, comm, stage, small, cut),
-        alone=alone,
+        turn=turn,
     )
     boundary.install(module, "")
 

@@ -56,3 +56,16 @@ def refuse_compiled(name: str, model: nn.Module, parts: Iterable[nn.Module]) -> 
         raise UnsupportedError(
             f"{name} is compiled, but several ranks run it together, which one compiled function cannot do: {advice}"
         )
+
+
+def refuse_compiling(name: str, compiling: bool) -> None:
+    """Raise UnsupportedError in a call from a function that torch.compile traces; `compiling`:
+    `torch.compiler.is_compiling()` in the caller's frame, since this function is never traced."""
+    if compiling:
+        raise UnsupportedError(
+            f"{name} is called from compiled code, but several ranks run it together, which one compiled function "
+            "cannot do: leave that uncompiled"
+        )
+
+
+refuse_compiling._torchdynamo_disable = True  # pyright: ignore[reportFunctionMemberAccess]

@@ -48,12 +48,6 @@ class FlatCall:
         ]
         return (str(self.spec), tuple(kinds), modes(), code)
 
-    def asks_for_gradients(self) -> bool:
-        """Return whether the call is to be differentiated with respect to its arguments."""
-        return torch.is_grad_enabled() and any(
-            isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in self.leaves
-        )
-
 
 def modes() -> tuple[Any, ...]:
     """Return inference and autocast modes (grad mode does not affect a staged forward: it runs without gradients)."""

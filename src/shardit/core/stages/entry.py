@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import nn
 
 from shardit.core.comm.p2p import Comm
+from shardit.core.modules.compiled import refuse_compiling
 from shardit.core.modules.patching import subclass_in_place
 from shardit.core.plans.known_plans import MAX_SIGNATURES
 from shardit.core.runtime.digests import named
 from shardit.core.runtime.flat_call import FlatCall
+from shardit.core.runtime.no_gradients import expect_none
 from shardit.core.runtime.pending import materialize, materialize_leaves
 from shardit.core.stages.runtime import Runtime
 from shardit.errors import InputError
@@ -72,20 +76,24 @@ class Entry:
 
         @functools.wraps(own_call)
         def __call__(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            refuse_compiling(self._name, torch.compiler.is_compiling())
             if inside.get() is model:  # the forward calls the model itself
                 return own_call(model, *args, **kwargs)
-            token = inside.set(model)
-            watched = self._runtime is not None and self._runtime.watches
-            try:
-                call = FlatCall.of(args, kwargs)
-                materialize_leaves(call.leaves)
-                if self._runtime is not None:
-                    self._compare(self._runtime, model, call)
-                return own_call(model, *args, **kwargs) if run is None else run(own_call.__get__(model), call)
-            finally:
-                inside.reset(token)
-                if watched:
-                    self._end()
+            with nullcontext() if self._runtime is None else self._runtime.turn():
+                token = inside.set(model)
+                watched = self._runtime is not None and self._runtime.watches
+                try:
+                    call = FlatCall.of(args, kwargs)
+                    materialize_leaves(call.leaves)
+                    if self._runtime is not None:
+                        if not self._runtime.mesh.keeps_graph:
+                            expect_none(model, call)
+                        self._compare(self._runtime, model, call)
+                    return own_call(model, *args, **kwargs) if run is None else run(own_call.__get__(model), call)
+                finally:
+                    inside.reset(token)
+                    if watched:
+                        self._end()
 
         subclass_in_place(model, {"__call__": __call__, "shardit_entry": property(lambda model: self)})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from threading import RLock
 from typing import Any
 
 from shardit.core.comm.agreement import Agreement
@@ -14,6 +15,7 @@ from shardit.core.runtime.program import Flight
 from shardit.core.runtime.request_loop import Schedule, Turns
 from shardit.core.stages.guidance import GuidanceScheduler
 from shardit.core.stages.result import Route
+from shardit.errors import InputError
 
 
 @dataclass
@@ -38,6 +40,7 @@ class Runtime:
     split_batch: bool = True
     has_user_code: bool = False
     models: list[tuple[Callable[[], Any], Callable[[], None]]] = field(default_factory=list)
+    _thread: Any = field(default_factory=RLock, repr=False)
 
     @staticmethod
     def of(mesh: Mesh, max_in_flight: int = 1, split_batch: bool = True) -> Runtime:
@@ -59,10 +62,26 @@ class Runtime:
     def pipeline_call(self, name: str, arguments: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
         """Enclose a call of a pipeline, which all ranks of the replica make alike. It is compared here unless it is a
         request, which the session compares. Raises InputError as `Agreement.call` does."""
-        self.guidance.begin(self.program)
-        alone = nullcontext() if self.turns.current is not None else self.agreement.call(name, arguments)
-        with alone:
-            yield
+        with self.turn():
+            self.guidance.begin(self.program)
+            alone = nullcontext() if self.turns.current is not None else self.agreement.call(name, arguments)
+            with alone:
+                yield
+
+    @contextmanager
+    def turn(self) -> Iterator[bool]:
+        """Enclose a call in which other ranks take part, of a pipeline or of a part; gives whether no pipeline is being
+        called. Raises InputError if another thread makes such a call: ranks would meet their messages in other
+        orders."""
+        if not self._thread.acquire(blocking=False):
+            raise InputError(
+                "another thread makes a call over the same ranks: make them one after the other, or let Omni or LLM "
+                "run several requests at once"
+            )
+        try:
+            yield not self.in_pipeline
+        finally:
+            self._thread.release()
 
     @property
     def in_pipeline(self) -> bool:

@@ -26,7 +26,6 @@ from shardit.core.stages.guidance import RemoteCall
 from shardit.core.stages.runtime import Runtime
 from shardit.core.stages.split_calls import SplitCalls
 from shardit.core.stages.staged_call import StagedCall
-from shardit.errors import UnsupportedError
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +54,6 @@ class Stages:
         """Make a call of the transformer: it returns at once with pending tensors, except the first of each
         signature."""
         runtime, code = self.runtime, self._code()
-        if call.asks_for_gradients():
-            what = "stages and guidance ranks run without gradients; use torch.no_grad()"
-            raise UnsupportedError(f"{self.cut.name} is called for its gradients, but {what}")
         exclusive = scales_adapters(call.kwargs) or self.first.alone
         samples = 1 if exclusive or not runtime.split_batch else microbatch.batch_size(call.args, call.kwargs)
         dealt = runtime.guidance.parts(runtime.program, samples)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shardit.diffusion.class_homes import VAE_PACKAGE
-from shardit.errors import InputError, first_line
+from shardit.errors import InputError, UnsupportedError, first_line
 from shardit.loading.hub import unreachable
 from shardit.loading.index import ADAPTER_CONFIG, base_model, read_adapter
 from shardit.loading.missing import is_missing
@@ -86,6 +86,9 @@ def load_loras(pipe: Any, loras: tuple[Lora, ...]) -> None:
         if name not in held:  # diffusers only warns of a file without any key of this pipeline
             raise InputError(f"lora {lora.path} holds nothing for {type(pipe).__name__}: it is for another model")
     pipe.set_adapters(names, [lora.scale for lora in loras])
+    for part in pipe.components.values():
+        if getattr(part, "peft_config", None):
+            part.eval()  # a file may ask for dropout, which its trainer used
 
 
 def _parts(lora: Lora, pipe: Any) -> list[tuple[str, dict[str, Any]]]:
@@ -112,6 +115,8 @@ def _not_loaded(lora: Lora, pipe: Any, error: Exception) -> Exception:
 
     if found := unreachable(error, f"lora {lora.path}", "a local file"):
         return found
+    if isinstance(error, UnsupportedError):
+        return UnsupportedError(f"lora {lora.path}: {error}")
     if isinstance(error, InputError) or not isinstance(error, (*_OF_FILES, SafetensorError)):
         return error
     return InputError(f"lora {lora.path} cannot be loaded into {type(pipe).__name__}: {first_line(error)}")

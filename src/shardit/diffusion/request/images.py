@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image, ImageOps
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     ImageSource = str | os.PathLike[str] | bytes | Image.Image
 
 Mode = Literal["RGB", "RGBA", "opaque"]
+
+_NOTE, _ON_WHITE = "shardit_note", "its transparent pixels were put on white"
+"""The key in `info` of a picture under which a note for the user travels with it, and such a note."""
 
 
 def open_image(source: ImageSource, mode: Mode = "RGB") -> Image.Image:
@@ -36,9 +39,22 @@ def open_image(source: ImageSource, mode: Mode = "RGB") -> Image.Image:
     Raises `InputError` naming the file if it is missing or not a picture.
     """
     with _naming(source):
-        picture = to_mode(to_eight_bits(_load_upright(source)), mode)
-        picture.info = {}  # EXIF data, colour profiles: unused, and they would be sent to every rank
+        read = to_eight_bits(_load_upright(source))
+        picture = to_mode(read, mode)
+        # EXIF data and colour profiles are unused, and would be sent to every rank.
+        picture.info = {_NOTE: _ON_WHITE} if mode == "RGB" and _shows_through(read) else {}
         return picture
+
+
+def picture_notes(arguments: Mapping[str, Any]) -> list[str]:
+    """Return the notes that `open_image` left on pictures among the arguments of a call."""
+    found = {
+        f"{name}: {picture.info[_NOTE]}": None
+        for name, value in arguments.items()
+        for picture in (value if isinstance(value, (list, tuple)) else [value])
+        if isinstance(picture, Image.Image) and _NOTE in picture.info
+    }
+    return list(found)
 
 
 def read_image(source: ImageSource) -> Image.Image:
@@ -140,14 +156,30 @@ def to_mode(picture: Image.Image, mode: Mode, background: str = "white") -> Imag
         return picture.convert("RGBA").convert("RGB")
     if picture.mode == mode and "transparency" not in picture.info:
         return picture.copy()
-    transparent = "transparency" in picture.info or picture.mode in ("RGBA", "RGBa", "LA", "La", "PA")
-    if picture.mode in ("RGBa", "La"):  # premultiplied; PIL converts these only to their plain form
-        picture = picture.convert(picture.mode.upper())
+    transparent = _may_be_transparent(picture)
+    picture = _plain_alpha(picture)
     if mode == "RGBA" or not transparent:
         return picture.convert(mode)
     picture = picture.convert("RGBA")
     behind = Image.new("RGBA", picture.size, background)
     return Image.alpha_composite(behind, picture).convert("RGB")
+
+
+def _may_be_transparent(picture: Image.Image) -> bool:
+    return "transparency" in picture.info or picture.mode in ("RGBA", "RGBa", "LA", "La", "PA")
+
+
+def _plain_alpha(picture: Image.Image) -> Image.Image:
+    """Return a premultiplied picture in its plain form, the only one to which PIL converts it."""
+    return picture.convert(picture.mode.upper()) if picture.mode in ("RGBa", "La") else picture
+
+
+def _shows_through(picture: Image.Image) -> bool:
+    """Return whether an 8-bit picture has pixels that are not opaque."""
+    if not _may_be_transparent(picture):
+        return False
+    alpha = _plain_alpha(picture).convert("RGBA").getchannel("A")
+    return alpha.getextrema()[0] < 255  # pyright: ignore[reportOperatorIssue]
 
 
 def reason(error: Exception) -> str:

@@ -166,13 +166,18 @@ def _any_rank(ranks: Collectives, decide: Callable[[torch.Tensor], bool], residu
 
 
 def unpicklable(cls: type) -> Callable[..., Any]:
-    """Return a `__reduce_ex__` for sharded objects: `copy` uses it, pickle is refused."""
+    """Return a `__reduce_ex__` for sharded objects: `copy.copy` uses it, pickle and `copy.deepcopy` are refused."""
     own: Any = cls.__reduce_ex__
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        if sys._getframe(1).f_globals.get("__name__") == "copy":
+        caller = sys._getframe(1)
+        copies = caller.f_globals.get("__name__") == "copy"
+        if copies and caller.f_code.co_name == "copy":
             return own(self, protocol)
-        raise UnsupportedError(f"{cls.__name__} cannot be pickled: each rank holds only its own part; save it before")
+        how, instead = ("deep-copied", "copy") if copies else ("pickled", "save")
+        raise UnsupportedError(
+            f"{cls.__name__} cannot be {how}: each rank holds only its own part; {instead} it before parallelize"
+        )
 
     return __reduce_ex__
 

@@ -61,23 +61,19 @@ def connect(
     Components that it shares with another pipeline are already parallel, over the same runtime."""
     cuts, assignment = layout.cuts, layout.assignment
     shared = shared_tensors(components_of(pipe) or {})
-
-    def alone() -> bool:
-        return not runtime.in_pipeline
-
     for name, cut in assignment.cut.items():
         shard_model(getattr(pipe, name), name, runtime, config, cut, cuts.get(name), assignment, shared)
     for name, owner in assignment.owned.items():
         comm, width = _owner_ranks(name, assignment, runtime)
         small, cut = assignment.small.get(name, ()), cuts[name].cuts if name in cuts else ()
         if name in assignment.tiles:
-            shard_tiles(getattr(pipe, name), runtime.replica, assignment.tiles[name], small, shared, alone)
+            shard_tiles(getattr(pipe, name), runtime.replica, assignment.tiles[name], small, shared, runtime.turn)
         else:
-            make_owned(getattr(pipe, name), comm, owner // width, small, cut, shared, alone)
+            make_owned(getattr(pipe, name), comm, owner // width, small, cut, shared, runtime.turn)
     for name, found in assignment.layerwise.items():
         comm, width = _owner_ranks(name, assignment, runtime)
         owners, cut = [owner // width for owner in found.owners], cuts[name].cuts if name in cuts else ()
-        cut_layerwise(getattr(pipe, name), comm, found.units, owners, cut, shared, alone)
+        cut_layerwise(getattr(pipe, name), comm, found.units, owners, cut, shared, runtime.turn)
     for name in (*assignment.owned, *assignment.layerwise):
         part = getattr(pipe, name)
         part.shardit_boundary.reach(vars(pipe).values())

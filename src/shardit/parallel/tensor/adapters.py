@@ -18,7 +18,7 @@ from shardit.core.comm.collectives import Collectives
 from shardit.core.modules.patching import subclass_in_place
 from shardit.core.placement.slices import Shards
 from shardit.core.runtime.digests import named
-from shardit.errors import UnsupportedError
+from shardit.errors import UnsupportedError, first_line
 from shardit.parallel.tensor.forward import unless_whole
 from shardit.parallel.tensor.loads import take_slices, takes_slices
 from shardit.parallel.tensor.modules import FINISH, unfinished
@@ -139,7 +139,10 @@ def _loading(cls: Any, name: str, plan: TensorPlan, ranks: Collectives) -> Calla
             lost = f"; with it {', '.join(others)} of this model were unloaded" if others else ""
             if isinstance(error, UnsupportedError):
                 raise UnsupportedError(f"{error}{lost}") from error
-            raise UnsupportedError(f"not plain LoRA, and its linears are cut ({error}), {ONE_RANK}{lost}") from error
+            raise UnsupportedError(
+                f"the adapter is not plain LoRA, and its linears are cut ({first_line(error)}): merge it before, "
+                f"{ONE_RANK}{lost}"
+            ) from error
         return out
 
     return load

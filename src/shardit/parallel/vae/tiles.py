@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from shardit.core.comm.p2p import Comm
 from shardit.core.comm.wire import view_bytes
-from shardit.core.components.boundary import Boundary
+from shardit.core.components.boundary import Boundary, Turn, unbound
 from shardit.core.components.owned import empty, reader, run_on
 from shardit.core.modules.attributes import Attributes
 from shardit.core.modules.block_calls import BlockCalls, install
@@ -237,17 +237,17 @@ def shard_tiles(
     ranks: tuple[int, ...],
     replicated: Collection[str] = (),
     shared: Collection[int] = (),
-    alone: Callable[[], bool] = lambda: False,
+    turn: Turn = unbound,
 ) -> Tiles:
     """Share the tiles of a VAE between the members `ranks` of `comm`, in place, and enable its tiling. Other ranks keep
     its shape on meta and get its outputs, but have the tensors that are on every rank (`replicated` by name, `shared`
-    by id). `alone`: see Boundary."""
+    by id). `turn`: see Boundary."""
     if comm.rank not in ranks:
         empty(module, replicated, shared)
     module.enable_tiling()  # pyright: ignore[reportCallIssue]
     small = ReplicatedTensors(module, replicated)
     tiles = Tiles(module, comm, ranks, small, Attributes(lambda: boundary.reached))
-    boundary = Boundary(comm.group.device, tiles.call, reader(module, comm, ranks[0], small), alone=alone)
+    boundary = Boundary(comm.group.device, tiles.call, reader(module, comm, ranks[0], small), turn=turn)
     boundary.install(module, "")
     subclass_in_place(module, {"shardit_tiles": property(lambda self: tiles)})
     return tiles

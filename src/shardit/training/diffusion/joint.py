@@ -11,6 +11,7 @@ from torch import nn
 
 from shardit.training.diffusion.families.prompts import embedded_with_gradients
 from shardit.training.diffusion.families.table import Family
+from shardit.training.save import described_adapter
 
 
 class Joint(nn.Module):
@@ -53,5 +54,5 @@ class Joint(nn.Module):
         for name in (self.denoiser_name, *self.encoder_names):
             module = getattr(self, name)
             given[f"{name}_lora_layers"] = get_peft_model_state_dict(module)
-            given[f"{name}_lora_adapter_metadata"] = module.peft_config["default"].to_dict()
+            given[f"{name}_lora_adapter_metadata"] = described_adapter(module.peft_config["default"])
         type(self.pipe).save_lora_weights(folder, **given)

@@ -20,6 +20,7 @@ from shardit.training.run.checkpoint import Checkpoint, Checkpoints, find, resto
 from shardit.training.run.places import AVERAGE, CHECKPOINTS, SAMPLES
 from shardit.training.run.report import Report
 from shardit.training.run.resume import compare, record_of
+from shardit.training.run.steps.optimizers import try_optimizer
 from shardit.training.run.steps.rates import rate
 from shardit.training.run.steps.shares import Shares, draw
 from shardit.training.run.steps.trained import Trained
@@ -49,6 +50,7 @@ def train(
         raise InputError(f"--output {settings.output} cannot be made: {error.strerror}; name another") from error
     if mesh.rank == 0:
         print(f"loading {settings.model} and {settings.data} ...", file=sys.stderr, flush=True)
+    try_optimizer(settings, mesh.device)
     seed_all(settings.seed)
     return Run(settings, config, mesh, make(settings, mesh)).run(stop, began)
 

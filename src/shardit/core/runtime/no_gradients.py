@@ -1,0 +1,32 @@
+"""Calls that ranks compute without gradients: refused where gradients are asked for, noted where they are missing."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+
+from shardit.core.runtime.flat_call import FlatCall
+from shardit.errors import UnsupportedError
+
+log = logging.getLogger(__name__)
+
+_noted: set[str] = set()
+"""Names of the classes whose missing gradients have been noted in this process."""
+
+
+def expect_none(model: nn.Module, call: FlatCall) -> None:
+    """Raise UnsupportedError if a call is to be differentiated with respect to its arguments. Warn once for each class
+    if its result would have gradients for the model's parameters alone."""
+    if not torch.is_grad_enabled():
+        return
+    name = type(model).__name__
+    if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in call.leaves):
+        raise UnsupportedError(
+            f"{name} is called for its gradients, but it runs without them over these ranks: use torch.no_grad(), or "
+            "detach its arguments"
+        )
+    if name not in _noted and any(parameter.requires_grad for parameter in model.parameters()):
+        _noted.add(name)
+        log.warning("%s runs without gradients: its results have none outside of torch.no_grad(), either", name)

@@ -1,0 +1,131 @@
+"""What a spread pipeline is for: inference, one thread, one place. Anything else is refused on all ranks at once."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import shardit
+from shardit import DiffusionParallelConfig, InputError, UnsupportedError
+from shardit.core.runtime.flat_call import FlatCall
+from shardit.core.runtime.no_gradients import expect_none
+from shardit.models import tiny
+from shardit.models.tiny.language import language_folder
+from tests.core.test_held_state import latents
+from tests.diffusion.test_parallelize import join
+from tests.support.brought import pipeline
+from tests.support.ranks import run_ranks
+
+AXES = {
+    "stages": {"pipeline_parallel_size": 2},
+    "guidance": {"cfg_parallel_size": 2},
+    "ulysses": {"ulysses_degree": 2},
+    "ring": {"ring_degree": 2},
+    "slices": {"tensor_parallel_size": 2},
+}
+
+
+def differentiate(model: Any, arguments: dict[str, Any]) -> None:
+    given = arguments["hidden_states"].clone().requires_grad_()
+    with torch.enable_grad():
+        out = model(**{**arguments, "hidden_states": given})[0]
+        (out.sum() + given.square().sum()).backward()  # a detached result would leave half of the gradient
+
+
+def called(pipe: Any, arguments: dict[str, Any], said: list[str]) -> None:
+    for use in (
+        lambda: latents(pipe, 4),
+        lambda: pipe.transformer(**arguments),
+        lambda: pipe.vae.decode(torch.zeros(1, 16, 4, 4)),
+    ):
+        try:
+            use()
+        except InputError as error:
+            said.append(str(error))
+
+
+def otherwise(rank: int, count: int, method: str, axis: str) -> tuple[list[bool], list[str]]:
+    join(rank, count, method)
+    arguments: dict[str, Any] = {}
+    before = pipeline("flux")
+    before.transformer.register_forward_pre_hook(lambda _, __, given: arguments.update(given), with_kwargs=True)
+    plain = latents(before)
+    pipe = shardit.parallelize(pipeline("flux"), DiffusionParallelConfig(**AXES[axis]), timeout_s=60)
+    same = [torch.allclose(latents(pipe), plain, atol=1e-5)]
+    said = []
+    compiled = torch.compile(pipe.transformer, backend="eager")
+    for use in (
+        lambda: differentiate(pipe.transformer, arguments),
+        lambda: copy.deepcopy(pipe),
+        lambda: compiled(**arguments),
+    ):
+        with pytest.raises(UnsupportedError) as refused:
+            use()
+        said.append(str(refused.value))
+    other: list[str] = []
+    inside = threading.Event()
+
+    def in_the_middle(*_: Any) -> dict[str, Any]:
+        if not inside.is_set():
+            inside.set()
+            one = threading.Thread(target=called, args=(pipe, arguments, other))
+            one.start()
+            one.join()
+        return {}
+
+    call = {**tiny.defaults("flux"), "prompt": "a cat", "output_type": "latent"}
+    made = pipe(**call, generator=torch.Generator().manual_seed(3), callback_on_step_end=in_the_middle).images
+    same += [torch.allclose(made, plain, atol=1e-5), torch.allclose(latents(pipe), plain, atol=1e-5)]
+    return same, [*said, *other]
+
+
+@pytest.mark.parametrize("axis", list(AXES))
+def test_gradients_copies_and_threads(axis: str) -> None:
+    tiny.resolve("tiny/flux")
+    for same, (gradients, copied, compiled, *threads) in run_ranks(2, otherwise, axis):
+        assert same == [True] * 3
+        assert "no backward" in gradients if axis == "slices" else "is called for its gradients" in gradients
+        assert "cannot be deep-copied: each rank holds only its own part" in copied
+        assert "FluxTransformer2DModel is called from compiled code" in compiled
+        assert len(threads) == 3
+        assert all(one.startswith("another thread makes a call over the same ranks") for one in threads)
+
+
+def embedded(rank: int, count: int, method: str, axis: str) -> bool:
+    join(rank, count, method)
+    folder = language_folder("tiny/llama")
+    assert folder is not None
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    inputs = model.get_input_embeddings()(torch.arange(1, 9)[None]).detach()
+    with torch.no_grad():
+        plain = model(inputs_embeds=inputs).logits
+    shardit.parallelize(model, **AXES[axis])
+    with pytest.raises(UnsupportedError, match="LlamaForCausalLM is called for its gradients"):
+        model(inputs_embeds=inputs.clone().requires_grad_())
+    compiled: Any = torch.compile(model, backend="eager")
+    with pytest.raises(UnsupportedError, match="LlamaForCausalLM is called from compiled code"):
+        compiled(inputs_embeds=inputs)
+    return torch.allclose(model(inputs_embeds=inputs).logits, plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("axis", ["stages", "slices"])
+def test_gradients_of_language_models(axis: str) -> None:
+    assert run_ranks(2, embedded, axis) == [True, True]
+
+
+def test_missing_gradients_are_noted_once(caplog: pytest.LogCaptureFixture) -> None:
+    class Odd(torch.nn.Linear):
+        pass
+
+    model, call = Odd(2, 2), FlatCall.of((torch.ones(2),), {})
+    with torch.no_grad():
+        expect_none(model, call)
+    assert not caplog.messages
+    for _ in range(2):
+        expect_none(model, call)
+    assert caplog.messages == ["Odd runs without gradients: its results have none outside of torch.no_grad(), either"]

@@ -17,9 +17,9 @@ from transformers import (
     StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
-    WatermarkingConfig,
     TextIteratorStreamer,
     TextStreamer,
+    WatermarkingConfig,
 )
 from transformers.generation.streamers import BaseStreamer
 

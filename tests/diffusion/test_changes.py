@@ -531,7 +531,9 @@ def test_changes(axis: str, by_rank: list[dict[str, Any]]) -> None:
                 assert (number, torch.isfinite(got).all()) == (number, True)
                 if axis == "stages":
                     assert torch.equal(wanted, got), (act.__name__, number)
-                assert float((wanted - got).norm() / wanted.norm()) < 1e-5, (act.__name__, number)
+                # An adapter that comes after the cast computes in bfloat16: slices round the summands of each rank.
+                bound = 1e-4 if act is cast_with_lora else 1e-5
+                assert float((wanted - got).norm() / wanted.norm()) < bound, (act.__name__, number)
     for act, pattern in REFUSED[axis].items():
         for _, said in results:
             assert re.search(pattern, said[act.__name__]), said[act.__name__]

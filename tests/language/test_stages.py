@@ -177,7 +177,6 @@ def use_options(rank: int, count: int, method: str) -> dict[str, Any]:
     found |= errors_of(
         {
             "other prompts": lambda: model.generate(ids + rank, **call),
-            "offload": lambda: model.generate(ids, cache_implementation="offloaded", **call),
             "save": lambda: model.save_pretrained("nowhere"),
         }
     )
@@ -202,7 +201,6 @@ def test_options_of_generate_and_calls() -> None:
         for name in ("processor", "calls", "next call", "copied cache", "inputs_embeds", "right after errors"):
             assert found[name], name
         assert "ranks differ in inputs of LlamaForCausalLM.generate" in found["other prompts"]
-        assert "cache_implementation='offloaded' is for models on a GPU" in found["offload"]
         assert "save_pretrained: each rank holds only its own part" in found["save"]
 
 

@@ -138,6 +138,7 @@ class Heard(logging.Handler):
         self.lines.append(record.getMessage())
 
 
+@torch.no_grad()
 def switched(rank: int, size: int, method: str) -> dict[str, Any]:
     """One VAE whose tiling is changed between calls; then broken messages, wrong arguments, ranks that differ."""
     comm, heard, entry = comm_of(rank, size, method), Heard(), ENTRIES["qwen"]

@@ -77,12 +77,6 @@ def call_member(
     return __call__
 
 
-def _check_offload(cache: str | None, runtime: Runtime) -> None:
-    """Raise UnsupportedError for a cache that leaves a device which is none: it would fail in a block, on one rank."""
-    if cache is not None and cache.startswith("offloaded") and runtime.mesh.device.type == "cpu":
-        raise UnsupportedError(f"cache_implementation={cache!r} is for models on a GPU: leave it out")
-
-
 def _generate_member(cls: Any, runtime: Runtime) -> Callable[..., Any]:
     own_generate = cls.generate
 
@@ -90,7 +84,6 @@ def _generate_member(cls: Any, runtime: Runtime) -> Callable[..., Any]:
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         streamer = kwargs.pop("streamer", None)
         args, kwargs = materialized((args, kwargs))
-        _check_offload(kwargs.get("cache_implementation", self.generation_config.cache_implementation), runtime)
 
         def compared() -> dict[str, Any]:
             found = {"model.generation_config": self.generation_config, **named(own_generate, args, kwargs)}

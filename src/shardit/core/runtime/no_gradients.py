@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from shardit.core.runtime.flat_call import FlatCall
@@ -17,8 +18,8 @@ _noted: set[str] = set()
 
 
 def expect_none(model: nn.Module, call: FlatCall) -> None:
-    """Raise UnsupportedError if a call is to be differentiated with respect to its arguments. Warn once for each class
-    if its result would have gradients for the model's parameters alone."""
+    """Raise UnsupportedError if a call is to be differentiated with respect to its arguments. The first rank warns once
+    for each class if its result would have gradients for the model's parameters alone."""
     if not torch.is_grad_enabled():
         return
     name = type(model).__name__
@@ -29,4 +30,6 @@ def expect_none(model: nn.Module, call: FlatCall) -> None:
         )
     if name not in _noted and any(parameter.requires_grad for parameter in model.parameters()):
         _noted.add(name)
+        if dist.is_initialized() and dist.get_rank():
+            return
         log.warning("%s runs without gradients: its results have none outside of torch.no_grad(), either", name)

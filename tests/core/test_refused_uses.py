@@ -1,4 +1,4 @@
-"""What a spread pipeline is for: inference, one thread, one place. Anything else is refused on all ranks at once."""
+"""Uses that a spread model does not allow: gradients, deep copies, compiled callers, a second thread."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import shardit
 from shardit import DiffusionParallelConfig, InputError, UnsupportedError
-from shardit.core.runtime.flat_call import FlatCall
-from shardit.core.runtime.no_gradients import expect_none
+from shardit.core.runtime.no_gradients import refuse_gradients
 from shardit.models import tiny
 from shardit.models.tiny.language import language_folder
 from tests.core.test_held_state import latents
@@ -122,10 +121,10 @@ def test_missing_gradients_are_noted_once(caplog: pytest.LogCaptureFixture) -> N
     class Odd(torch.nn.Linear):
         pass
 
-    model, call = Odd(2, 2), FlatCall.of((torch.ones(2),), {})
+    model = Odd(2, 2)
     with torch.no_grad():
-        expect_none(model, call)
+        refuse_gradients(model, (torch.ones(2),), {})
     assert not caplog.messages
     for _ in range(2):
-        expect_none(model, call)
+        refuse_gradients(model, (torch.ones(2),), {})
     assert caplog.messages == ["Odd runs without gradients: its results have none outside of torch.no_grad(), either"]

@@ -14,8 +14,7 @@ from shardit.core.decoder.stage_tensor import materialized
 from shardit.core.decoder.stages import DecoderStages
 from shardit.core.modules.compiled import refuse_compiling
 from shardit.core.runtime.digests import named
-from shardit.core.runtime.flat_call import FlatCall
-from shardit.core.runtime.no_gradients import expect_none
+from shardit.core.runtime.no_gradients import refuse_gradients
 from shardit.core.stages.runtime import Runtime
 from shardit.errors import UnsupportedError
 from shardit.language.collected import CollectedOutputs
@@ -64,7 +63,7 @@ def call_member(
         alone = not runtime.in_pipeline
         if alone:
             args, kwargs = materialized((args, kwargs))  # of a part of the model that was called by itself
-            expect_none(self, FlatCall.of(args, kwargs))
+            refuse_gradients(self, args, kwargs)
         with runtime.pipeline_call(cls.__name__, lambda: named(own_call, args, kwargs)), torch.no_grad():
             try:
                 with checks.begin(args, kwargs) if alone and checks is not None else nullcontext():

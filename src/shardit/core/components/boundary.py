@@ -24,8 +24,7 @@ from shardit.core.modules.absent import listed_by_user
 from shardit.core.modules.compiled import COMPILED
 from shardit.core.modules.hooks import hooks_below
 from shardit.core.modules.patching import SWAPPED, fixed_device_to, subclass_in_place
-from shardit.core.runtime.flat_call import FlatCall
-from shardit.core.runtime.no_gradients import expect_none
+from shardit.core.runtime.no_gradients import refuse_gradients
 from shardit.core.runtime.pending import PendingTensor, is_read_parameter, materialize
 from shardit.core.runtime.randomness import GENERATORS
 from shardit.errors import UnsupportedError
@@ -137,7 +136,7 @@ class Boundary:
             return function(*args, **kwargs)
         if not self.on_all and _calls_outside_code(module, name, args, kwargs):
             return function(*args, **kwargs)
-        expect_none(self._plain[0][0], FlatCall.of(args, kwargs))
+        refuse_gradients(self._plain[0][0], args, kwargs)
         with self.turn() as by_user:
             for tensor in list(_pending((args, kwargs))):
                 materialize(tensor)

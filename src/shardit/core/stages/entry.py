@@ -17,7 +17,7 @@ from shardit.core.modules.patching import subclass_in_place
 from shardit.core.plans.known_plans import MAX_SIGNATURES
 from shardit.core.runtime.digests import named
 from shardit.core.runtime.flat_call import FlatCall
-from shardit.core.runtime.no_gradients import expect_none
+from shardit.core.runtime.no_gradients import refuse_gradients
 from shardit.core.runtime.pending import materialize, materialize_leaves
 from shardit.core.stages.runtime import Runtime
 from shardit.errors import InputError
@@ -87,7 +87,7 @@ class Entry:
                     materialize_leaves(call.leaves)
                     if self._runtime is not None:
                         if not self._runtime.mesh.keeps_graph:
-                            expect_none(model, call)
+                            refuse_gradients(model, args, kwargs)
                         self._compare(self._runtime, model, call)
                     return own_call(model, *args, **kwargs) if run is None else run(own_call.__get__(model), call)
                 finally:

@@ -46,7 +46,7 @@ def make_optimizer(settings: TrainSettings, parameters: Mapping[str, nn.Paramete
         # Also where there is nothing to train: all ranks find the same mistakes.
         some = list(parameters.values()) or [nn.Parameter(torch.zeros(1))]
         made = cls(some, lr=settings.learning_rate, weight_decay=settings.weight_decay, **given)
-    except Exception as error:
+    except (ValueError, TypeError) as error:
         raise InputError(f"optimizer_args: {name} refuses them: {first_line(error)}") from error
     return made if parameters else None
 
@@ -55,15 +55,15 @@ def try_optimizer(settings: TrainSettings, device: torch.device) -> None:
     """Make one step of the optimizer with a number, before any data is read. Raises InputError if it fails."""
     number = nn.Parameter(torch.ones(1, device=device))
     number.grad = torch.ones_like(number)
-    optimizer = make_optimizer(settings, {"number": number})
-    assert optimizer is not None
     try:
+        optimizer = make_optimizer(settings, {"number": number})
+        assert optimizer is not None
         optimizer.step()
-    except Exception as error:
-        name = type(optimizer).__name__
-        raise InputError(
-            f"optimizer_args: {name} makes no step with them ({first_line(error)}); correct them"
-        ) from error
+    except InputError:
+        raise
+    except Exception as error:  # each class fails in its own way
+        what = "optimizer_args" if settings.optimizer_args else "optimizer"
+        raise InputError(f"{what}: {settings.optimizer} makes no step with them ({first_line(error)})") from error
 
 
 def state_of(optimizer: torch.optim.Optimizer | None, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:

@@ -227,6 +227,16 @@ def test_half_precision_in_files_is_trained_in_float32(tmp_path: Path) -> None:
         assert any("trained in float32" in note for note in recipe.notes) == said
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_balancing_loss_that_the_folder_asks_for_is_said_to_be_left_out(asked: bool, tmp_path: Path) -> None:
+    model: Any = families.make("mixtral", output_router_logits=asked, vocab_size=512)
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(str(folder))
+    recipe = language_recipe(TrainSettings(model=str(folder), data=written(tmp_path, *ROWS)), replicas=1)
+    assert any("balances experts" in note for note in recipe.notes) == asked
+
+
 def saved(rank: int, size: int, method: str, data: str, folder: str) -> torch.Tensor:
     """Train a model whose embedding is tied to its head for a step, save it; return logits over the stages."""
     join(rank, size, method)

@@ -116,6 +116,8 @@ def _model(source: DecoderSource, settings: TrainSettings, device: torch.device 
     if source.gguf is not None:
         result = "the result has them in that type" if settings.full else "the adapter is trained on these"
         notes.append(f"{source.gguf}: its quantised weights are read as {_type_of(prepared.module)}; {result}")
+    if getattr(prepared.module.config.get_text_config(decoder=True), "output_router_logits", False):
+        notes.append("output_router_logits: the loss that balances experts is left out; only tokens are learnt")
     model: Any = prepared.load_whole(device).train()
     if settings.gradient_checkpointing:
         if not getattr(model, "supports_gradient_checkpointing", False):

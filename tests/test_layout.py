@@ -176,7 +176,7 @@ def test_the_server_imports_no_torch() -> None:
 
 BUDGET = {
     ".": 1285,
-    "core": 7150,
+    "core": 7165,
     "diffusion": 3785,
     "engine": 2800,
     "language": 2660,
@@ -184,7 +184,7 @@ BUDGET = {
     "models": 930,
     "parallel": 4720,
     "server": 5520,
-    "settings": 445,
+    "settings": 450,
     "training": 3915,
 }
 """Lines of code of each folder, as `make size` counts them; a number is raised on purpose, or not at all."""

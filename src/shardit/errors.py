@@ -63,6 +63,8 @@ def first_filled_line(text: str) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return the text " (did you mean 'x'?)" for the nearest known name, or nothing."""
-    nearest = difflib.get_close_matches(str(name), list(known), n=1)
+    """Return the text " (did you mean 'x'?)" for a known name that ends with the word, or the nearest; or nothing."""
+    known, word = list(known), str(name)
+    of_words = [one for one in known if len(word) > 2 and one.endswith(f"_{word}")]
+    nearest = of_words if len(of_words) == 1 else difflib.get_close_matches(word, known, n=1)
     return f" (did you mean {nearest[0]!r}?)" if nearest else ""

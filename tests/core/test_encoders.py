@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import MambaConfig, MambaModel
 
 import shardit
 from shardit import DiffusionParallelConfig, UnsupportedError
@@ -115,6 +116,30 @@ def text_is_written(rank: int, count: int, method: str) -> None:
 def test_generate_keeps_the_caches_where_the_layers_are() -> None:
     tiny.resolve("tiny/qwen-image-edit")
     run_ranks(2, text_is_written)
+
+
+def states_are_kept(rank: int, count: int, method: str) -> list[bool]:
+    """States of linear attention lie in dicts of the cache; return of each layer whether another rank has them."""
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=64, hidden_size=128, state_size=4, num_hidden_layers=4)
+    encoder: Any = MambaModel(config).eval()
+    ids = torch.arange(8).view(2, 4)
+    with torch.no_grad():
+        plain: Any = encoder(ids, use_cache=True)
+        parallel = join(rank, count, method)
+        pipe = brought.pipeline("flux")
+        pipe.register_modules(text_encoder_2=encoder)
+        shardit.parallelize(pipe, parallel, timeout_s=20)
+        got: Any = pipe.text_encoder_2(ids, use_cache=True)
+    assert torch.equal(plain[0], got[0])
+    layers = got.cache_params.layers
+    return [all(state.is_meta for state in layer.recurrent_states.values()) for layer in layers]
+
+
+def test_states_of_linear_attention_stay_where_the_layers_are() -> None:
+    first, second = run_ranks(2, states_are_kept, timeout=60)
+    assert second == [not absent for absent in first]
+    assert set(first) == {True, False}
 
 
 def parts_are_read(rank: int, count: int, method: str) -> tuple[int, int]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
 from transformers import AutoModelForCausalLM
 
 import shardit
@@ -128,3 +130,31 @@ def test_missing_gradients_are_noted_once(caplog: pytest.LogCaptureFixture) -> N
     for _ in range(2):
         refuse_gradients(model, (torch.ones(2),), {})
     assert caplog.messages == ["Odd runs without gradients: its results have none outside of torch.no_grad(), either"]
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight * 2
+
+
+def parametrized(rank: int, count: int, method: str) -> list[str]:
+    """Give parts that one rank owns another class; return the errors of the next calls."""
+    join(rank, count, method)
+    said = []
+    pipe = shardit.parallelize(pipeline("flux"), pipeline_parallel_size=2, timeout_s=60)
+    register_parametrization(pipe.vae.decoder.conv_in, "weight", Doubled())
+    with pytest.raises(InputError) as refused:
+        pipe.vae.decode(torch.zeros(1, 16, 4, 4))
+    said.append(str(refused.value))
+    pipe = shardit.parallelize(pipeline("flux"), pipeline_parallel_size=2, timeout_s=60)
+    register_parametrization(pipe.text_encoder.encoder.layers[0].self_attn.q_proj, "weight", Doubled())
+    with pytest.raises(InputError) as refused:
+        latents(pipe)
+    said.append(str(refused.value))
+    return said
+
+
+def test_parametrized_parts_of_a_component_are_refused() -> None:
+    first, second = run_ranks(2, parametrized, timeout=120)
+    assert first == second
+    assert all("another class" in text for text in first), first

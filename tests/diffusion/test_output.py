@@ -418,3 +418,10 @@ def test_the_same_frames_give_the_same_file(size, tmp_path):
         write_video(pictures, tmp_path / "video.mp4", 16, {})
         files.add((tmp_path / "video.mp4").read_bytes())
     assert len(files) == 1
+
+
+def test_a_package_that_a_format_needs_is_missed_before_anything_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr("shardit.loading.missing.is_missing", lambda name: name == "av")
+    assert check_path(tmp_path / "cat.png", "image")
+    with pytest.raises(InputError, match="the module av is not installed; pip install av"):
+        check_path(tmp_path / "cat.mp4", "video")

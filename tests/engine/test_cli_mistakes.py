@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
 
@@ -9,7 +10,8 @@ import pytest
 
 from shardit.cli import main
 from shardit.models.tiny.language import language_folder
-from shardit.settings.environment import switch
+from shardit.settings.environment import KNOWN, check_environment, switch
+from tests.support.paths import ROOT
 
 LONG = "a" * 300
 LATIN = "caf\udce9"  # what Python makes of Latin-1 bytes on a command line
@@ -190,12 +192,29 @@ def test_names_that_are_none(capsys):
         ("SHARDIT_DEBUG", "maybe", "SHARDIT_DEBUG must be 0 or 1 (or false, true, no, yes), got 'maybe'"),
         ("SHARDIT_PROGRESS", "2", "SHARDIT_PROGRESS must be 0 or 1"),
         ("OMP_NUM_THREADS", "abc", "OMP_NUM_THREADS must be a whole number of at least 1, got 'abc'"),
+        (
+            "SHARDIT_API_KEYS",
+            "secret",
+            "SHARDIT_API_KEYS in the environment is not known; did you mean SHARDIT_API_KEY?",
+        ),
     ],
 )
 def test_variables_of_the_environment(command, name, value, says, monkeypatch, capsys):
     monkeypatch.setenv(name, value)
     monkeypatch.setattr("shardit.flags.LanguageFlags.check", lambda _: pytest.fail("it went on"))
     assert says in refused(capsys, *command)
+
+
+def test_variables_of_a_cluster_are_no_misspelt_ones(monkeypatch):
+    for name in ("SHARDIT_SERVICE_HOST", "SHARDIT_SERVICE_PORT", "SHARDIT_PORT_8000_TCP", "SHARDIT_IMAGE"):
+        monkeypatch.setenv(name, "x")
+    check_environment()
+
+
+def test_every_variable_in_the_sources_is_known():
+    sources = (ROOT / "src").rglob("*.py")
+    named = {name for file in sources for name in re.findall(r"SHARDIT_[A-Z_]*[A-Z]", file.read_text("utf-8"))}
+    assert named - {"SHARDIT_SERVICE_HOST"} == set(KNOWN)
 
 
 def test_variables_are_checked_before_torch_is_imported():

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from shardit.loading.missing import import_failure
+
 HIDE = """
 import importlib.metadata, sys
 class Hidden:
@@ -37,6 +39,8 @@ def without(package, code, *arguments):
         ("diffusers", ["inspect", "tiny/flux"]),
         ("transformers", ["inspect", "tiny/flux"]),
         ("greenlet", ["generate", "--model", "tiny/flux", "--prompt", "x"]),
+        ("av", ["generate", "--model", "tiny/wan2.2-t2v", "--prompt", "x", "--output", "x.mp4"]),
+        ("av", ["serve", "tiny/wan2.2-t2v"]),
         ("fastapi", ["serve", "tiny/flux"]),
         ("uvicorn", ["serve", "tiny/flux"]),
         ("structlog", ["serve", "tiny/flux"]),
@@ -53,6 +57,14 @@ def test_commands(package, arguments, tmp_path, monkeypatch):
     [line] = done.stderr.splitlines()
     assert line.startswith("error: ")
     assert f"pip install {package.replace('_', '-').replace('PIL', 'pillow')}" in line
+
+
+def test_a_failed_import_is_found_below_other_errors():
+    missing = ModuleNotFoundError("No module named 'accelerate'", name="accelerate")
+    late = RuntimeError("Failed to import diffusers.models")
+    late.__cause__ = missing
+    assert import_failure(late) is import_failure(missing) is missing
+    assert import_failure(RuntimeError("else")) is None
 
 
 def test_names_of_the_package():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -92,3 +94,32 @@ def on_ranks(rank: int, count: int, method: str) -> list[float]:
 def test_whole_weights_are_loaded_as_slices() -> None:
     for errors in run_ranks(2, on_ranks):
         assert max(errors) <= CLOSE, errors
+
+
+def loaded_plainly(shard: Callable[[Any], Any]) -> list[torch.Tensor]:
+    """Whole weights copied into a transformer over stages, and into parts that one rank owns or that are cut."""
+    pipe, whole = shard(brought.pipeline("flux")), brought.pipeline("flux")
+    outs = [brought.run(pipe, "flux")]
+    for name in ("transformer", "text_encoder_2", "text_encoder"):
+        getattr(pipe, name).load_state_dict(scaled(getattr(whole, name), 1.02))
+        outs.append(brought.run(pipe, "flux"))
+    latents = torch.linspace(-1, 1, 16 * 16).view(1, 16, 4, 4)
+    for factor in (1.0, 1.02):
+        pipe.vae.load_state_dict(scaled(whole.vae, factor))
+        with torch.no_grad():
+            outs.append(pipe.vae.decode(latents).sample + 0)
+    return outs
+
+
+def over_stages(rank: int, size: int, method: str) -> list[torch.Tensor]:
+    join(rank, size, method)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # torch warns of copies to meta tensors, which do nothing
+        return loaded_plainly(lambda pipe: shardit.parallelize(pipe, pipeline_parallel_size=size, timeout_s=60))
+
+
+def test_stages_and_owned_parts_take_what_they_hold() -> None:
+    plain = loaded_plainly(lambda pipe: pipe)
+    assert not any(torch.equal(before, after) for before, after in pairwise(plain) if before.shape == after.shape)
+    for got in run_ranks(2, over_stages, timeout=120):
+        assert all(map(torch.equal, plain, got))

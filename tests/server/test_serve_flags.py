@@ -162,6 +162,7 @@ def test_the_folder_says_the_kind(tmp_path: Path) -> None:
         ({"tensor_parallel_size": 3}, "num_attention_heads"),
         ({"max_model_len": 513}, "max_model_len=513 is more than the 512 tokens"),
         ({"max_model_len": 0}, "--max-model-len must be at least 1"),
+        ({"max_pixels": 2}, "--max-pixels: tiny/llama is a language model; leave it out"),
     ],
 )
 def test_what_a_language_model_does_not_take(flags: dict[str, Any], words: str) -> None:

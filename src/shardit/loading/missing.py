@@ -45,6 +45,15 @@ def missing_package(error: ImportError) -> InputError:
     return InputError(f"the module {module} is not installed; {pip_line([module])}")
 
 
+def import_failure(error: BaseException) -> ImportError | None:
+    """Return the failed import that an error comes from, such as the RuntimeError of a module that diffusers imports
+    late; None if there is none."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ImportError):
+        cause = cause.__cause__
+    return cause
+
+
 FRAMEWORKS = ("torch", "transformers", "safetensors", "tokenizers", "huggingface_hub", "greenlet", "numpy", "tqdm")
 """Packages without which no model can be loaded; a pipeline needs diffusers, too."""
 

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import re
+from collections.abc import Collection
 from dataclasses import MISSING, dataclass
 from enum import Enum
 from pathlib import Path
@@ -21,7 +22,7 @@ from shardit.loading.source import local_folder
 from shardit.logs import FORMAT_VARIABLE
 from shardit.server.keys import digest
 from shardit.server.options import LANGUAGE, Executor, Limits, ServeOptions
-from shardit.settings.declare import Flag, declare
+from shardit.settings.declare import Flag, declare, declared
 from shardit.settings.flag_class import check_flags, flag_class, values_of
 from shardit.settings.model_options import WHOLE, ModelOptions, split_model
 from shardit.settings.paths import check_name, user_path
@@ -91,14 +92,21 @@ class ServeFlags(
             options = self.model_options()
             check_decoder_options(self.model, {"attention_backend": self.attention_backend}, options)
             check_decoder(decoder, self.parallel_config(), self.max_model_len, options.lora)
+            self._refuse_set(Limits, "a language model", only=("pixels", "frames", "steps"))
             return LANGUAGE, self.model, options
-        for name, value in values_of(self, LanguageOptions).items():
-            if value != getattr(LanguageOptions, name):
-                flag = f"--{name.replace('_', '-')}"
-                raise InputError(f"{flag}: {self.model} is no language model; leave it out")
+        self._refuse_set(LanguageOptions, "no language model")
         model, loading = split_model(self.model, self.config, self.model_options())
         local_folder(model)
         return TASK, str(model), loading
+
+    def _refuse_set(self, cls: type, kind: str, only: Collection[str] = ()) -> None:
+        """Raise InputError for a flag of `cls` with another value than its default. kind: of this model."""
+        for item in declared(cls):
+            flag = item.metadata["flag"]
+            if flag is not None and (not only or item.name in only):
+                name = flag.name or item.name
+                if getattr(self, name) not in (None, item.default):
+                    raise InputError(f"--{name.replace('_', '-')}: {self.model} is {kind}; leave it out")
 
     def _keys(self) -> list[str]:
         told = os.environ.get("SHARDIT_API_KEY", "")

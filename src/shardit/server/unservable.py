@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
+from shardit.loading.missing import is_missing
 
 
 def unservable(takes: PipelineSignature) -> str:
     """Return the reason why no request of a pipeline can ever run; "" if requests can."""
+    if takes.kind == "video" and is_missing("av"):
+        return f"{takes.class_name} makes videos, which the module av writes, and it is not installed; pip install av"
     needed = ", ".join(takes.needed_pictures)
     if not needed:
         return ""

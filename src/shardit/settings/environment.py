@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Mapping
 
@@ -9,6 +10,14 @@ from shardit.errors import InputError
 from shardit.settings.checks import text_as_flag
 
 DEBUG, PROGRESS = "SHARDIT_DEBUG", "SHARDIT_PROGRESS"
+KNOWN = (
+    *(DEBUG, PROGRESS, "SHARDIT_ALLOW_DEVICE", "SHARDIT_API_KEY", "SHARDIT_CACHE", "SHARDIT_DATA_DIR", "SHARDIT_HOST"),
+    *("SHARDIT_LOG_FORMAT", "SHARDIT_PORT", "SHARDIT_PP_LAYER_PARTITION", "SHARDIT_RAY_WAIT"),
+)
+"""All variables of ours."""
+ALMOST = 0.85
+"""Likeness from which a name is a misspelt one of ours. Others may be those of a cluster, such as
+SHARDIT_SERVICE_HOST."""
 
 
 def switch(name: str, environ: Mapping[str, str], default: bool) -> bool:
@@ -30,8 +39,11 @@ def threads_asked(environ: Mapping[str, str]) -> int | None:
 
 
 def check_environment() -> None:
-    """Raise InputError for a variable of this file with a wrong value: before torch, which takes seconds, is imported
-    and says it in other words."""
+    """Raise InputError for a variable of this file with a wrong value, and for a misspelt name: before torch, which
+    takes seconds, is imported and says it in other words."""
+    for name in sorted(name for name in os.environ if name.startswith("SHARDIT_") and name not in KNOWN):
+        if near := difflib.get_close_matches(name, KNOWN, 1, ALMOST):
+            raise InputError(f"{name} in the environment is not known; did you mean {near[0]}? Correct or unset it")
     for name in (DEBUG, PROGRESS):
         switch(name, os.environ, default=True)
     threads_asked(os.environ)

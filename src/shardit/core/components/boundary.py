@@ -115,8 +115,15 @@ class Boundary:
 
     @contextmanager
     def original_classes(self) -> Iterator[None]:
-        """Restore the original classes of all modules while a method of the component runs."""
+        """Restore the original classes of all modules while a method of the component runs. Raises UnsupportedError if
+        a module has got another class since (by a parametrization, say), which that would undo."""
         patched = [type(module) for module, _ in self._plain]
+        for (path, _), cls in zip(self.reached, patched, strict=True):
+            if SWAPPED not in vars(cls):
+                name = f"{type(self._plain[0][0]).__name__}{'.' if path else ''}{path}"
+                raise UnsupportedError(
+                    f"{name} has got another class ({cls.__name__}) since it was spread over ranks: change it before"
+                )
         for module, cls in self._plain:
             module.__class__ = cls
         self.inside = True

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map, tree_map_only
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,13 @@ class _TensorLayout:
     size: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> _TensorLayout:
+        return cls(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
+
+    def empty(self) -> torch.Tensor:
+        return torch.empty_strided(self.size, self.stride, dtype=self.dtype, device="meta")
 
 
 def find_caches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -49,9 +57,7 @@ def replace_layers(cache: Any, layers: dict[int, Any]) -> None:
     for number in sorted(layers):
         layer = layers[number]
         for name, value in vars(layer).items():
-            if isinstance(value, _TensorLayout):
-                empty = torch.empty_strided(value.size, value.stride, dtype=value.dtype, device="meta")
-                setattr(layer, name, empty)
+            setattr(layer, name, tree_map_only(_TensorLayout, _TensorLayout.empty, value))
         if number < len(cache.layers):
             cache.layers[number] = layer
         else:
@@ -64,7 +70,8 @@ def _has_data(layer: Any) -> bool:
 
 
 def _marks(layer: Any) -> dict[str, Any]:
-    return {name: _mark(value) for name, value in vars(layer).items()}
+    # Layers of linear attention have their states in dicts, which they fill in place.
+    return {name: tree_map(_mark, value) for name, value in vars(layer).items()}
 
 
 def _mark(value: Any) -> Any:
@@ -76,6 +83,5 @@ def _mark(value: Any) -> Any:
 def _without_data(layer: Any) -> Any:
     other = copy.copy(layer)
     for name, value in vars(layer).items():
-        if isinstance(value, torch.Tensor):
-            setattr(other, name, _TensorLayout(tuple(value.shape), tuple(value.stride()), value.dtype))
+        setattr(other, name, tree_map_only(torch.Tensor, _TensorLayout.of, value))
     return other

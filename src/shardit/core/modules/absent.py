@@ -14,9 +14,11 @@ from shardit.core.runtime.pending import METADATA
 from shardit.errors import UnsupportedError
 
 _T: Any = torch.Tensor
-APPLY = nn.Module._apply.__code__
+LOAD = nn.Module._load_from_state_dict.__code__
+ON_WHOLE_MODULES = {nn.Module._apply.__code__, LOAD}
+"""Functions of torch that change all parameters of a module, on every rank alike (`half()`, `load_state_dict`)."""
 
-_device = _T.device.__get__
+_device, _is_meta = _T.device.__get__, _T.is_meta.__get__
 FLAGS = {
     _T.requires_grad.__set__,
     _T.grad.__get__,
@@ -48,6 +50,11 @@ class AbsentParameter(nn.Parameter):
         here, libraries = vars(self).get("shardit_here", (None, None))
         return _device(self) if here is None or caller.startswith(libraries.placing) else here
 
+    @property
+    def is_meta(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """True, except for `load_state_dict`, which would warn of copies that do nothing."""
+        return sys._getframe(1).f_code is not LOAD and _is_meta(self)
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in METADATA and func not in FLAGS:
@@ -64,11 +71,11 @@ class AbsentParameter(nn.Parameter):
 
 
 def called_by_user(libraries: tuple[str, ...]) -> bool:
-    """Return whether no code of these libraries is running above the one that calls the caller. `Module._apply` makes
-    changes of a whole module, such as `half()`, on every rank alike."""
+    """Return whether no code of these libraries is running above the one that calls the caller, and none that changes a
+    whole module."""
     frame = sys._getframe(2)
     while frame is not None:
-        if f"{frame.f_globals.get('__name__', '')}.".startswith(libraries) or frame.f_code is APPLY:
+        if f"{frame.f_globals.get('__name__', '')}.".startswith(libraries) or frame.f_code in ON_WHOLE_MODULES:
             return False
         frame = frame.f_back
     return True

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from shardit.core.modules.patching import subclass_in_place
@@ -40,9 +41,10 @@ class BlockCalls:
 
 def install(blocks: list[tuple[str, nn.Module]], calls: BlockCalls, missing: Collection[int] = ()) -> None:
     """Make the calls of all blocks interceptable. missing: numbers of the blocks whose weights are on other ranks; they
-    are called through an interceptor only."""
+    are called through an interceptor only. Code in torch.compile around a block does not trace the interceptor."""
     for index, (name, block) in enumerate(blocks):
-        subclass_in_place(block, {"__call__": _interceptable(type(block).__call__, index, calls)})
+        own_call = type(block).__call__
+        subclass_in_place(block, {"__call__": torch.compiler.disable(_interceptable(own_call, index, calls))})
         if index in missing:
             subclass_in_place(block, {"__call__": _missing(type(block).__call__, name, calls)})
 

@@ -40,7 +40,7 @@ from shardit.engine.process.messages import (
 )
 from shardit.engine.process.process import die_with_parent
 from shardit.errors import InputError
-from shardit.loading.missing import missing_package
+from shardit.loading.missing import import_failure, missing_package
 
 PRELOAD = ("torch.distributed", "diffusers.pipelines.pipeline_utils", "transformers.modeling_utils")
 """Imports of every rank. The session's module may have its own PRELOAD, and its check imports more."""
@@ -62,6 +62,7 @@ def main(control_fd: int, parent: int) -> None:
         pass
     finally:
         fork_server.kill()
+        signal.set_wakeup_fd(-1)  # before its socket is closed: more processes may end
 
 
 class ForkServer:
@@ -225,9 +226,9 @@ def check(spec: SessionSpec) -> Checked | Refused | Failed:
             module.check(spec)
     except InputError as error:
         return Refused.from_error(error)
-    except ImportError as error:
-        return Refused.from_error(missing_package(error))
     except Exception as error:
+        if (missing := import_failure(error)) is not None:
+            return Refused.from_error(missing_package(missing))
         return Failed(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
     return Checked()
 

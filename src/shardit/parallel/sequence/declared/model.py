@@ -245,7 +245,8 @@ class PlannedSequence:
         """Put the interceptor at the modules of the plan, outside all others."""
         for rules in self.rules:
             if rules.module is not self.model:
-                subclass_in_place(rules.module, {"__call__": _module_call(type(rules.module).__call__, rules, self)})
+                call = _module_call(type(rules.module).__call__, rules, self)
+                subclass_in_place(rules.module, {"__call__": torch.compiler.disable(call)})
 
     @property
     def _own(self) -> ModuleRules | None:

@@ -299,7 +299,8 @@ class SequenceParallel:
         self._look()
         self._owned = [not any(p.is_meta for p in block.parameters()) for _, block in self.blocks]
         for index, (_, block) in enumerate(self.blocks):
-            subclass_in_place(block, {"__call__": _block_call(type(block).__call__, index, self)})
+            own_call = type(block).__call__
+            subclass_in_place(block, {"__call__": torch.compiler.disable(_block_call(own_call, index, self))})
 
 
 def _shape(leaf: Any) -> Shape | None:

@@ -82,9 +82,7 @@ async def accept(
     if one and values.get("n", 1) > 1:
         text = "n must be 1 where the answer is one file; for several make a job, without /sync"
         raise ApiError(400, text, code="invalid_value", param="n")
-    field, takes = _picture_field(values, body, info)
-    if needs_picture and field is None:
-        raise ApiError(400, "image is missing; give one to edit", code="missing_field", param="image")
+    field, takes = _picture_field(values, body, info, needs_picture)
     asked = arguments(values, takes, context.options)
     check_look(values, takes)
     pictures = {} if field is None else await _pictures(field, values, body, takes, context)
@@ -137,7 +135,9 @@ def _check_kind(takes: PipelineSignature, kind: Kind) -> None:
         raise ApiError(400, f"this server makes {what}; use {right}", code="wrong_kind", param="model")
 
 
-def _picture_field(values: Mapping[str, Any], body: Body, info: ModelInfo) -> tuple[str | None, PipelineSignature]:
+def _picture_field(
+    values: Mapping[str, Any], body: Body, info: ModelInfo, needed: bool
+) -> tuple[str | None, PipelineSignature]:
     """Return the field with input pictures, if any, and the pipeline that will run then."""
     plain, takes = info.signature, info.signature_with_image or info.signature
     given = next((name for name in PICTURES if body.uploads.get(name) or values.get(name)), None)
@@ -148,6 +148,11 @@ def _picture_field(values: Mapping[str, Any], body: Body, info: ModelInfo) -> tu
     if given is not None and takes.image_name is None:
         text = f"{given}: {takes.class_name} takes no picture; leave it out, or use a model that takes one"
         raise ApiError(400, text, code="invalid_value", param=given)
+    if needed and takes.image_name is None:
+        text = f"{takes.class_name} takes no picture; use a model that takes one, or POST /v1/images/generations"
+        raise ApiError(400, text, code="wrong_kind", param="model")
+    if needed and given is None:
+        raise ApiError(400, "image is missing; give one to edit", code="missing_field", param="image")
     return given, plain if given is None else takes
 
 

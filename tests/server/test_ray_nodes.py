@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from shardit.errors import InputError
+from shardit.server.placement.ray_connection import RayConnection
 from tests.support.nodes import Servers, equal, expected, expected_text
 from tests.support.paths import ROOT
 
@@ -128,6 +130,17 @@ def test_no_ray_at_that_address(servers):
     )
     assert server.wait(120) == 2
     assert "error: there is no Ray cluster at RAY_ADDRESS=127.0.0.1:1 that can be used" in servers.said()
+
+
+@needs_ray
+def test_a_cluster_that_is_gone_is_not_waited_for(tmp_path, monkeypatch):
+    file = tmp_path / "ray" / "ray_current_cluster"
+    file.parent.mkdir()
+    file.write_text("127.0.0.1:1\n")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    with pytest.raises(InputError, match=rf"no Ray cluster at 127.0.0.1:1, which {file} names \(remove it"):
+        RayConnection().open()
 
 
 def ray_ranks() -> list[int]:

@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 from shardit.errors import InputError
@@ -78,12 +79,20 @@ def _connect() -> None:
             "with RAY_ADDRESS=auto"
         )
     logging.getLogger("ray").setLevel(logging.ERROR)
+    file = _address_file()
+    noted = file.read_text("utf-8").strip() if not address and file.is_file() else ""
     try:
-        _check_answers(address)
+        _check_answers(address or noted)
         ray.init(namespace="shardit", include_dashboard=False, logging_level=logging.ERROR)
     except (OSError, ValueError) as error:
-        place = f"at RAY_ADDRESS={address}" if address else "here"
+        left = f"at {noted}, which {file} names (remove it, or start Ray again)" if noted else "here"
+        place = f"at RAY_ADDRESS={address}" if address else left
         raise InputError(f"there is no Ray cluster {place} that can be used ({one_line(error)})") from None
+
+
+def _address_file() -> Path:
+    """Return the file in which Ray has the address of the cluster that was started last on this machine."""
+    return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp", "ray", "ray_current_cluster")
 
 
 def _check_answers(address: str | None) -> None:

@@ -6,8 +6,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-import torch
-from torch import nn
+from torch import compiler, nn
 
 from shardit.core.modules.patching import subclass_in_place
 from shardit.errors import UnsupportedError
@@ -43,8 +42,7 @@ def install(blocks: list[tuple[str, nn.Module]], calls: BlockCalls, missing: Col
     """Make the calls of all blocks interceptable. missing: numbers of the blocks whose weights are on other ranks; they
     are called through an interceptor only. Code in torch.compile around a block does not trace the interceptor."""
     for index, (name, block) in enumerate(blocks):
-        own_call = type(block).__call__
-        subclass_in_place(block, {"__call__": torch.compiler.disable(_interceptable(own_call, index, calls))})
+        subclass_in_place(block, {"__call__": _interceptable(type(block).__call__, index, calls)})
         if index in missing:
             subclass_in_place(block, {"__call__": _missing(type(block).__call__, name, calls)})
 
@@ -56,7 +54,7 @@ def _interceptable(own_call: Any, index: int, calls: BlockCalls) -> Any:
             return own_call(self, *args, **kwargs)
         return interceptor.block_call(index, own_call.__get__(self), args, kwargs)
 
-    return __call__
+    return compiler.disable(__call__)
 
 
 def _missing(intercepted_call: Any, name: str, calls: BlockCalls) -> Any:

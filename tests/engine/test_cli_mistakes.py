@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from shardit.cli import main
+from shardit.errors import did_you_mean
 from shardit.models.tiny.language import language_folder
 from shardit.settings.environment import KNOWN, check_environment, switch
 from tests.support.paths import ROOT
@@ -215,6 +216,13 @@ def test_every_variable_in_the_sources_is_known():
     sources = (ROOT / "src").rglob("*.py")
     named = {name for file in sources for name in re.findall(r"SHARDIT_[A-Z_]*[A-Z]", file.read_text("utf-8"))}
     assert named - {"SHARDIT_SERVICE_HOST"} == set(KNOWN)
+
+
+def test_a_last_word_of_a_name_goes_before_a_like_name():
+    known = ["timesteps", "num_inference_steps", "prompt", "height"]
+    assert "'num_inference_steps'" in did_you_mean("steps", known)
+    assert "'prompt'" in did_you_mean("promt", known)
+    assert did_you_mean("qqq", known) == ""
 
 
 def test_variables_are_checked_before_torch_is_imported():

@@ -162,6 +162,7 @@ def test_foreign_host_names_are_refused(images: Served) -> None:
     for host in ("evil.example:8091", "evil.example", "localhost.evil.example"):
         status, answer, _ = images.call("GET", "/v1/images", headers={"Host": host})
         assert (status, answer["error"]["code"]) == (403, "wrong_host")
+        assert f"--cors-origin http://{host.partition(':')[0]}" in answer["error"]["message"]
     for host in ("localhost:8091", "127.0.0.1", "[::1]:8091"):
         assert images.call("GET", "/v1/images", headers={"Host": host})[0] == 200
 

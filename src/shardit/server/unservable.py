@@ -1,4 +1,4 @@
-"""Detects models whose pipelines need arguments that no request can contain."""
+"""Detects models of which no request can run: for arguments that none can contain, or for a missing package."""
 
 from __future__ import annotations
 

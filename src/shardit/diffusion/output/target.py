@@ -33,7 +33,7 @@ IN_WORDS: dict[Kind, str] = {
 LONGEST_SIDES = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383, ".mp4": 16384}
 """Largest width and height that the encoder of a format takes."""
 
-PACKAGES = {".mp4": "av"}
+PACKAGES = {".mp4": ("av",)}
 """Packages that write a format, where it is not one that every result needs."""
 
 _NO_SIZE = (None, None)
@@ -65,7 +65,7 @@ def check_path(
         raise InputError(f"output {target} would lose transparency; use .png or .webp")
     if problem := side_problem(suffix, *size):
         raise InputError(f"output {target} cannot hold it: {problem}")
-    check_installed(one for ending, one in PACKAGES.items() if ending == suffix)
+    check_installed(PACKAGES.get(suffix, ()))
     if not target.parent.is_dir():
         what = "is not a folder" if target.parent.exists() else "does not exist; make it"
         raise InputError(f"output folder {target.parent} {what} or choose another")

@@ -63,8 +63,12 @@ def first_filled_line(text: str) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return the text " (did you mean 'x'?)" for a known name that ends with the word, or the nearest; or nothing."""
-    known, word = list(known), str(name)
+    """Return the text " (did you mean 'x'?)" for the likeliest known name, or nothing."""
+    likely = likeliest(str(name), list(known))
+    return f" (did you mean {likely!r}?)" if likely else ""
+
+
+def likeliest(word: str, known: Sequence[str]) -> str | None:
+    """Return the only known name that ends with the word, or the nearest; None if there is none."""
     of_words = [one for one in known if len(word) > 2 and one.endswith(f"_{word}")]
-    nearest = of_words if len(of_words) == 1 else difflib.get_close_matches(word, known, n=1)
-    return f" (did you mean {nearest[0]!r}?)" if nearest else ""
+    return next(iter(of_words if len(of_words) == 1 else difflib.get_close_matches(word, known, n=1)), None)

@@ -192,7 +192,7 @@ def test_arguments_of_one_family_are_further_arguments():
     for name, value in (("cfg_normalize", "maybe"), ("cfg_normalize", 1), ("layers", "2"), *BAD_NORMS):
         refused(f"^{name} must be a number|^{name} must be true or false", "a", Params(**{name: value}), takes)
     refused("DrawPipeline takes no 'layers'", "a", Params(layers=2))
-    with pytest.raises(InputError, match="extra_args repeats 'layers'"):
+    with pytest.raises(InputError, match="'layers' has a field of its own"):
         Params(layers=2, extra_args={"layers": 2})
 
 

@@ -111,6 +111,25 @@ def test_a_range_is_named_whole(capsys):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["chat", "--model", "x"], "give it without the flag: shardit chat MODEL"),
+        (["serve", "--model", "x"], "give it without the flag: shardit serve MODEL"),
+        (["generate", "tiny/flux"], "the model is given as --model"),
+        (["chat", "tiny/llama", "--prompt", "x"], "--prompt; it is an option of generate, complete"),
+        (["serve", "tiny/flux", "--prompt", "x"], "--prompt; it is an option of generate, complete"),
+        ([*GENERATE, "--port", "1"], "it is an option of serve; an argument of the pipeline that has no flag is given"),
+        ([*GENERATE, "--max-tokens", "1"], "it is an option of chat, complete"),
+        ([*GENERATE, "--eta", "1"], "an argument of the pipeline that has no flag is given as --extra eta=VALUE"),
+        ([*GENERATE, "--steps", "1"], "(did you mean --num-inference-steps?)"),
+        (["chat", "--sed", "1"], "--sed (did you mean --seed?)\n"),
+    ],
+)
+def test_a_flag_of_another_command(arguments, says, capsys):
+    assert says in refused(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
     ("flag", "says"),
     [
         ("--pipeline-parallel-size=9", "pipeline_parallel_size=9 is more than the 4 blocks"),

@@ -11,7 +11,7 @@ import traceback
 from typing import Any
 
 from shardit.engine.process.process import is_first_rank
-from shardit.errors import InputError, RankError, is_interrupt
+from shardit.errors import InputError, RankError, is_interrupt, likeliest
 from shardit.loading.missing import missing_package
 from shardit.settings.environment import DEBUG, switch
 
@@ -50,16 +50,36 @@ def take_any_bytes() -> None:
 
 
 def _usage(error: Any) -> str:
-    """Return the message of a usage error; of an unknown flag it names --extra, where the command has that; of an
-    unknown command it lists the commands."""
+    """Return the message of a usage error; of an unknown flag it says how the command takes the value, or names the
+    commands that have the flag; of an unknown command it lists the commands."""
     text = error.format_message()
-    commands = getattr(getattr(error.ctx, "command", None), "commands", ())
+    command = getattr(error.ctx, "command", None)
+    commands = getattr(command, "commands", ())
     if commands and text.startswith("No such command"):
         return f"{text} Commands: {', '.join(commands)}."
-    name = str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_")
-    further = name.isidentifier() and any(one.name == "extra" for one in error.ctx.command.params)
-    more = f" An argument of the pipeline that has no flag is given as --extra {name}=VALUE." if further else ""
-    return text + more
+    if text.startswith("Got unexpected extra argument") and "--model" in _flags_of(command):
+        return f"{text}; the model is given as --model"
+    flag = str(getattr(error, "option_name", ""))
+    name = flag.lstrip("-").replace("-", "_")
+    return f"No such option: {flag}{_instead(flag, name, error.ctx)}" if name.isidentifier() else text
+
+
+def _instead(flag: str, name: str, context: Any) -> str:
+    """Return what to give in place of an unknown flag. name: as a parameter."""
+    command, every = context.command, getattr(getattr(context.parent, "command", None), "commands", {})
+    if any(one.name == name and one.param_type_name == "argument" for one in command.params):
+        return f"; give it without the flag: {context.command_path} {name.upper()}"
+    likely = likeliest(name, [one.lstrip("-").replace("-", "_") for one in _flags_of(command)]) or ""
+    others = [other for other, one in every.items() if flag in _flags_of(one)]
+    text = f"; it is an option of {', '.join(others)}" if others else ""
+    if likely and (not others or likely.endswith(f"_{name}")):
+        text = f" (did you mean --{likely.replace('_', '-')}?)"
+    further = "; an argument of the pipeline that has no flag is given as"
+    return f"{text}{further} --extra {name}=VALUE" if "--extra" in _flags_of(command) else text
+
+
+def _flags_of(command: Any) -> list[str]:
+    return [flag for one in getattr(command, "params", ()) for flag in one.opts]
 
 
 def _failed(text: str, code: int, every_rank: bool = False) -> int:

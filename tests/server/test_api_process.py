@@ -24,7 +24,7 @@ from shardit.server.messages import Ping, Pong
 from shardit.server.options import ServeOptions
 from shardit.server.process import heartbeat as heartbeat
 from shardit.server.process.api_process import ApiProcess, start
-from shardit.server.process.heartbeat import ASK_EVERY_S, MAX_STEP_S, PATIENCE_S, START_S, Heartbeat
+from shardit.server.process.heartbeat import ASK_EVERY_S, MAX_SLOWDOWN, MAX_STEP_S, PATIENCE_S, START_S, Heartbeat
 
 WAIT_S = 120.0
 
@@ -32,8 +32,9 @@ WAIT_S = 120.0
 class Asked:
     """A heartbeat on a clock of the test."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, slowdown: float = 1.0):
         self.now, self.asked = 1000.0, 0
+        monkeypatch.setattr(heartbeat, "slowdown", lambda: slowdown)
         monkeypatch.setattr(heartbeat.time, "monotonic", lambda: self.now)
         self.heartbeat = Heartbeat(self.ask)
 
@@ -64,6 +65,16 @@ def test_a_silent_process_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_process_that_never_answers_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Asked(monkeypatch).hangs_after(START_S + 1.0)
+
+
+def test_a_loaded_machine_is_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    for load, times in ((3.0, 3.0), (1000.0, MAX_SLOWDOWN)):
+        asked = Asked(monkeypatch, load)
+        assert not asked.hangs_after(times * START_S)
+        assert asked.hangs_after(2.0)
+        asked.heartbeat.answered()
+        assert not asked.hangs_after(times * PATIENCE_S)
+        assert asked.hangs_after(2.0)
 
 
 def test_paused_supervisor_reports_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,6 @@ from shardit.engine.process.messages import Cancel, RequestFailed, RequestFinish
 from shardit.engine.rank.outcomes import Taken
 from shardit.engine.rank.programs import Programs
 from shardit.engine.rank.serving import ServingWorker
-from shardit.server.supervisor import patience as patience_module
 from shardit.server.supervisor import running
 from shardit.server.supervisor.patience import MAX_SIZES, MIN_PATIENCE_S, Patience
 from tests.support.played import Server, played_server
@@ -35,7 +34,7 @@ def server(tmp_path: Path, request: Any) -> Iterator[Server]:
 def load(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The load average, as many times the number of cores."""
     times = [0.5]
-    monkeypatch.setattr(patience_module.os, "getloadavg", lambda: (times[0] * (os.cpu_count() or 1), 0.0, 0.0))
+    monkeypatch.setattr(hang_detector.os, "getloadavg", lambda: (times[0] * (os.cpu_count() or 1), 0.0, 0.0))
     return times
 
 

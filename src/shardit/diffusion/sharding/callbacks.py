@@ -36,17 +36,20 @@ def shared_callback(
     callback, runtime = kwargs.get(CALLBACK), pipe.shardit_runtime
     pipe.__dict__.update(_has_callback=callback is not None, _interrupt_requested=False)
     runtime.has_user_code |= runs_user_code(pipe, args, kwargs)
-    if callback is None:
+    if callback is None or isinstance(callback, SharedCallback):  # of a pipeline that calls this one
         return kwargs
     asked = {INPUTS: callback.tensor_inputs} if hasattr(callback, "tensor_inputs") else {}
-    return {**kwargs, **asked, CALLBACK: SharedCallback(callback, ranks, generators_in((args, kwargs)), begin, end)}
+    shared = SharedCallback(callback, pipe, ranks, generators_in((args, kwargs)), begin, end)
+    return {**kwargs, **asked, CALLBACK: shared}
 
 
 @dataclass
 class SharedCallback:
-    """A callback that all of `ranks` run. generators: random generators among the pipeline's arguments."""
+    """A callback that all of `ranks` run. called: the pipeline that was called, which may run the steps in another one.
+    generators: random generators among its arguments."""
 
     callback: Callable[..., Any]
+    called: Any
     ranks: Comm
     generators: list[Generator]
     begin: Callable[[Any], Mapping[str, Any]]
@@ -55,8 +58,8 @@ class SharedCallback:
     def __call__(self, pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
         """Run the callback and return the tensors with which all ranks continue. Collective."""
         materialize(given)
-        pipe.shardit_runtime.schedule.drain()
-        self.end(pipe)
+        self.called.shardit_runtime.schedule.drain()
+        self.end(self.called)
         device, made = self.ranks.group.device, dict[str, Any]()
         before = {name: (value, _version(value)) for name, value in given.items()}
         drawn, alike, error = states(device, self.generators), {}, None
@@ -65,7 +68,7 @@ class SharedCallback:
             made = self.callback(pipe, step, timestep, given)
             if not isinstance(made, dict):
                 raise InputError(f"{CALLBACK} must return a dict of tensors, as it is given one, not {made!r}")
-            alike = self.begin(pipe)
+            alike = self.begin(self.called)
         except Exception as failure:
             made, failed, error = {}, failure, sendable(failure)
         changed = [name for name in {**before, **made} if _changed(name, before, made)]
@@ -77,6 +80,7 @@ class SharedCallback:
         back = {name: drawn[name] for name in moved(drawn, after)} | gathered[0].drawn
         set_states(back, device, self.generators)
         _raise_together(gathered, failed)
+        materialize(made)  # on every rank: results of components that a callback has called
         if any(one.interrupt for one in gathered):
             pipe.__dict__["_interrupt"] = True
         known, kept = {name for one in gathered for name in one.changed}, gathered[0].made

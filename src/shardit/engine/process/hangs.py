@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable
 
@@ -9,6 +10,14 @@ from shardit.engine.process.failure import Failure
 from shardit.engine.process.in_flight import InFlight
 from shardit.engine.process.rank_group import RankGroup
 from shardit.engine.process.stacks import waits_for_peer
+
+
+def slowdown() -> float:
+    """Return how many times more threads want to run than this machine has cores; at least 1.
+
+    Ranks on other machines are not counted.
+    """
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 class HangDetector:

@@ -127,7 +127,8 @@ class ApiProcess:
             self._process.kill()
         if self._process is not None and (code := self._process.poll()) is not None:
             self._pause_s = 0.0 if now - self._begun > CALM_S else min(MAX_PAUSE_S, 2 * self._pause_s + 0.25)
-            self._log.warning("api_process_ended", reason=describe_exit(code), again_in_s=self._pause_s)
+            reason = describe_exit(code) if self._heartbeat is not None else "ended as it hung"
+            self._log.warning("api_process_ended", reason=reason, again_in_s=self._pause_s)
             self.unable = code == UNABLE and self._process is self._first.process
             self._process, self._again = None, now + self._pause_s
             if self._pipe is not None:

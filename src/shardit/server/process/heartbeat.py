@@ -5,14 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from shardit.engine.process.hangs import slowdown
+
 ASK_EVERY_S = 1.0
 PATIENCE_S = 10.0
-"""Longest silence of an event loop, in seconds, that is not a hang."""
+"""Longest silence of an event loop, in seconds, that is not a hang; longer on a loaded machine (`slowdown`)."""
 START_S = 60.0
 """The same before the first answer: the process starts and imports."""
 MAX_STEP_S = 5.0
 """Upper limit of the silence counted between two checks, in seconds. If the supervisor itself has stood still (a
 suspended machine, a stuck disk), the process gets a chance to answer first."""
+MAX_SLOWDOWN = 6.0
+"""Upper limit of the factor for a loaded machine."""
 
 
 class Heartbeat:
@@ -38,4 +42,4 @@ class Heartbeat:
         elif now - self._asked_at >= ASK_EVERY_S:
             self._waits, self._asked_at, self._silence_s = True, now, 0.0
             self._ask()
-        return self._waits and self._silence_s > self._patience_s
+        return self._waits and self._silence_s > self._patience_s * min(slowdown(), MAX_SLOWDOWN)

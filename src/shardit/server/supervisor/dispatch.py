@@ -12,7 +12,7 @@ from typing import Any
 from shardit.diffusion.request.model_info import ModelInfo
 from shardit.engine.process.channel import Packed, send_all
 from shardit.engine.process.failure import Failure
-from shardit.engine.process.hangs import HangDetector
+from shardit.engine.process.hangs import HangDetector, slowdown
 from shardit.engine.process.in_flight import InFlight
 from shardit.engine.process.loop import Loop
 from shardit.engine.process.messages import BatchStep, Begin, CacheUse, Cancel, OutOfMemory, Progress, RequestFinished
@@ -30,7 +30,7 @@ from shardit.server.options import ServeOptions
 from shardit.server.supervisor.cost_history import CostHistory
 from shardit.server.supervisor.finish import JobFinisher, failure
 from shardit.server.supervisor.kinds import PipelineJobs, TextJobs, kind_of
-from shardit.server.supervisor.patience import Patience, slowdown
+from shardit.server.supervisor.patience import Patience
 from shardit.server.supervisor.prefetch import Prefetcher
 from shardit.server.supervisor.running import Running, Size, in_flight
 from shardit.server.supervisor.texts import Texts

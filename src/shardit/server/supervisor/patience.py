@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import os
-
 from shardit.server.supervisor.running import Size
 
 MIN_PATIENCE_S = 10.0
 TIMES_SLOWEST = 5.0
 """Ranks count as hanging when they are silent for the larger of 10 s and five times the longest silence so far, both
-times `slowdown`: ranks of a loaded machine are slow, not stuck."""
+times `hangs.slowdown`: ranks of a loaded machine are slow, not stuck."""
 MAX_SIZES = 512
 """Number of remembered sizes; the least recently used ones are dropped."""
-
-
-def slowdown() -> float:
-    """Return how many times more threads want to run than this machine has cores; at least 1.
-
-    Ranks on other machines are not counted.
-    """
-    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 class Patience:

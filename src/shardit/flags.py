@@ -115,10 +115,10 @@ class GenerateFlags(
         if not self.model:
             check_model_is_here(self.from_file, record)
         standard = {item.name: item.default for item in dataclasses.fields(self)}
-        flags, extra = flags_of(record, standard, self.extra_arguments())
-        chosen = {name: value for name, value in flags.items() if getattr(self, name) == standard[name]}
+        given = [name for name, value in standard.items() if getattr(self, name) != value]
+        flags, extra = flags_of(record, standard, [*given, *self.extra_arguments()])
         added = [f"{name}={json.dumps(value)}" for name, value in extra.items()]
-        return dataclasses.replace(self, **chosen, extra=[*(self.extra or ()), *added])
+        return dataclasses.replace(self, **flags, extra=[*(self.extra or ()), *added])
 
     def check(self, writes: bool = True) -> None:
         """Find, before torch is imported, what is wrong whatever the weights are. Raises `InputError`.

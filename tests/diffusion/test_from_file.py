@@ -61,11 +61,11 @@ def test_input_pictures_of_another_size_are_noted():
 
 
 def test_a_file_of_another_model(tmp_path, capsys):
-    path = saved(tmp_path / "a.png", caption=None, strength=None, true_cfg_scale=2.0)
+    path = saved(tmp_path / "a.png", strength=None, true_cfg_scale=2.0)
     assert main(["generate", "--from-file", str(path), "--model", "tiny/wan2.2-t2v"]) == 2
     assert capsys.readouterr().err == (
-        f"error: {path} was made by tiny/flux with true_cfg_scale, which WanPipeline does not take; leave --model out, "
-        "or give the settings as flags in place of --from-file\n"
+        f"error: {path} was made by tiny/flux with caption, true_cfg_scale, which WanPipeline does not take; leave --model "
+        "out, or give the settings as flags in place of --from-file\n"
     )
     takes = PipelineSignature("P", ("prompt", "width"))
     check_fits(path, "tiny/other", ["width", "height"], takes)
@@ -171,3 +171,60 @@ def test_a_model_folder_that_is_elsewhere(tmp_path, monkeypatch):
     check_model_is_here(Path("a.png"), {**record, "revision": "0" * 40})
     (tmp_path / "my-folder").mkdir()
     check_model_is_here(Path("a.png"), record)
+
+
+@pytest.mark.parametrize("text", ["picture 64x64", "2 pictures 8x8", "Tensor(1, 2)"])
+def test_prompts_are_no_placeholders(tmp_path, text):
+    path = saved(tmp_path / "x.png", prompt=text, negative_prompt=text, prompt_2=text)
+    flags = GenerateFlags(from_file=path).completed()
+    assert (flags.prompt, flags.negative_prompt) == (text, text)
+    assert f'prompt_2="{text}"' in flags.extra
+
+
+def test_null_for_an_argument_with_another_default(tmp_path):
+    path = saved(tmp_path / "x.png", complex_human_instruction=None, variant=None)
+    assert GenerateFlags(from_file=path).completed().sampling_params().extra_args == {
+        "complex_human_instruction": None,
+        "caption": "x",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("single_files", value) for value in ("x", 5, ["x"])],
+        *[("scheduler_args", value) for value in ("x", [1], 5)],
+        *[("versions", value) for value in ("x", ["a"], 5)],
+        *[("model", value) for value in (5, {}, ["tiny/flux"])],
+        *[
+            ("input_image_sizes", 5),
+            ("layer_partition", 5),
+            ("extra", ["a=1"]),
+            ("from_file", "x"),
+            ("output", "x.png"),
+        ],
+    ],
+)
+def test_edited_records(tmp_path, name, value):
+    with pytest.raises(InputError, match=rf"its record was edited \({name}\); give the settings as flags"):
+        read_record(saved(tmp_path / "x.png", **{name: value}))
+
+
+def test_nulls_of_a_record_are_nothing(tmp_path):
+    nulls = dict.fromkeys(("single_files", "scheduler_args", "versions", "input_image_sizes"))
+    path = saved(tmp_path / "x.png", **nulls)
+    assert not nulls.keys() & read_record(path).keys()
+    assert GenerateFlags(from_file=path).completed().model == "tiny/flux"
+
+
+def test_a_prompt_that_a_jpeg_has_no_room_for(tmp_path):
+    picture = Image.fromarray(np.zeros((8, 8, 3), np.uint8))
+    output = Output(prompt="雨" * 11_000, seed=3, settings={**SETTINGS, "negative_prompt": "y" * 100}, images=[picture])
+    assert output.left_out(tmp_path / "x.png") == []
+    assert output.left_out(tmp_path / "x.jpg") == ["prompt"]
+    (path,) = output.save(tmp_path / "x.jpg")
+    with pytest.raises(InputError, match="the file had no room for prompt; add --prompt"):
+        GenerateFlags(from_file=path).completed()
+    flags = GenerateFlags(from_file=path, prompt="z").completed()
+    assert (flags.model, flags.prompt, flags.seed, flags.width) == ("tiny/flux", "z", 3, 64)
+    assert flags.negative_prompt == "y" * 100

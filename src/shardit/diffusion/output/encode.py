@@ -24,6 +24,8 @@ EXIF_DESCRIPTION = 0x010E
 """The JPEG or WebP tag for the record."""
 # The EXIF data of a JPEG must fit one segment of 64 KiB.
 _LONGEST_EXIF = 60_000
+LEFT_OUT = "left_out"
+"""Entry of a record with the names of those that a file has no room for."""
 # Constant rate factor of H.264 (0 lossless .. 51): 17 is hard to tell from the original by eye. The preset takes half
 # the time of the usual one, for 0.3 dB and a file that is no larger.
 # With x264's trees of macroblocks the same frames of small videos give one of several files (seen with AVX-512).
@@ -134,11 +136,19 @@ def _add_text(info: PngInfo, name: str, text: str) -> None:
     (info.add_text if text.isascii() else info.add_itxt)(name, text)
 
 
+def too_long(record: Mapping[str, Any]) -> list[str]:
+    """Return the names of the longest entries of a record, which a JPEG has no room for."""
+    kept, names = dict(record), list[str]()
+    while len(record_text({**kept, LEFT_OUT: names})) > _LONGEST_EXIF:
+        names.append(max(kept, key=lambda name: len(record_text({name: kept[name]}))))
+        del kept[names[-1]]
+    return names
+
+
 def _shortened(record: Mapping[str, Any]) -> str:
-    text = record_text(record)
-    if len(text) <= _LONGEST_EXIF:
-        return text
-    return record_text({name: value for name, value in record.items() if not isinstance(value, (str, list, dict))})
+    names = too_long(record)
+    kept = {name: value for name, value in record.items() if name not in names}
+    return record_text({**kept, LEFT_OUT: names} if names else kept)
 
 
 def _add_stream(container: OutputContainer, size: tuple[int, int], rate: Fraction) -> VideoStream:

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from shardit.diffusion.output.encode import EXIF_DESCRIPTION, LEFT_OUT
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from shardit.diffusion.request.step_lists import listed
 from shardit.errors import InputError
@@ -15,7 +16,17 @@ from shardit.settings.model_options import WHOLE
 from shardit.settings.paths import check_name, user_path
 
 # Entries of a record that are not arguments of the pipeline.
-_ABOUT = ("software", "pipeline", "revision", "versions", "parallel", "made", "input_image_sizes", "sample_rate")
+_ABOUT = (
+    "software",
+    "pipeline",
+    "revision",
+    "versions",
+    "parallel",
+    "made",
+    "input_image_sizes",
+    "sample_rate",
+    LEFT_OUT,
+)
 _OF_FOLDER = 64
 """Digits of a folder's revision (`node_facts.fingerprint`); a commit of the hub has 40."""
 # Placeholders in `Request.settings` for values that a file does not contain.
@@ -24,6 +35,18 @@ _NOT_HELD = {
     "a picture": re.compile(r"picture \d+x\d+"),
     "pictures": re.compile(r"\d+ pictures \d+x\d+"),
 }
+_PROMPT = re.compile(r"(\w+_)?prompt(_\d)?")
+"""Names of arguments that are texts, so that none of their values is a placeholder."""
+_FORMS: dict[str, type] = {
+    "model": str,
+    "versions": dict,
+    "single_files": dict,
+    "scheduler_args": dict,
+    "input_image_sizes": list,
+    "layer_partition": str,
+    LEFT_OUT: list,
+}
+_OF_NO_RECORD = ("extra", "from_file", "output", "image")
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -39,6 +62,10 @@ def read_record(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(record, dict) or record.get("software") != "shardit" or "model" not in record:
         raise InputError(f"{path} does not say of which model it was made; give the settings as flags")
+    record = {name: value for name, value in record.items() if value is not None or name not in _FORMS}
+    edited = [name for name in record if not isinstance(record[name], _FORMS.get(name, object))]
+    if edited := [*edited, *(name for name in _OF_NO_RECORD if name in record)]:
+        raise InputError(f"{path}: its record was edited ({', '.join(edited)}); give the settings as flags")
     return record
 
 
@@ -46,17 +73,21 @@ def flags_of(
     record: Mapping[str, Any], known: Collection[str], given: Collection[str] = ()
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the flags that make a file again, and further arguments for --extra. known: names of all flags. given:
-    names of arguments from the user.
+    names of flags and arguments from the user.
 
     Raises InputError for values that a file cannot contain.
     """
+    for name in record.get(LEFT_OUT, ()):
+        if name not in given:
+            flag = f"--{name.replace('_', '-')}" if name in known else f"--extra {name}=VALUE"
+            raise InputError(f"the file had no room for {name}; add {flag}")
     flags: dict[str, Any] = {}
     extra: dict[str, Any] = {}
     own = (*_ABOUT, "scheduler_args", "single_files", *(["num_inference_steps"] if listed(record) else []))
     for name, value in record.items():
-        if name in (*own, *given) or value is None:
+        if name in (*own, *given) or (value is None and name in known):
             continue
-        if lacking := _not_held(value):
+        if lacking := "" if _PROMPT.fullmatch(name) else _not_held(value):
             advice = "use shardit.Omni" if lacking == "numbers" else f"add --extra {name}=PATH"
             raise InputError(f"the file was made with {name} given as {lacking}, which it does not hold; {advice}")
         if name == "dtype" and isinstance(value, dict):
@@ -131,8 +162,6 @@ def _text(path: Path) -> str:
     suffix = path.suffix.lower()
     if suffix in (".png", ".jpg", ".jpeg", ".webp"):
         from PIL import Image
-
-        from shardit.diffusion.output.encode import EXIF_DESCRIPTION
 
         with Image.open(path) as picture:
             picture.load()  # text may follow the pixels

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardit.diffusion.output.arrays import by_name, named_arrays, pictures_of_map, pixels_of
-from shardit.diffusion.output.encode import is_transparent, record_text, write_image, write_video
+from shardit.diffusion.output.encode import is_transparent, record_text, too_long, write_image, write_video
 from shardit.diffusion.output.sound import MOST_SAMPLES, write_wav
 from shardit.diffusion.output.target import IN_WORDS, SUFFIXES, check_path, numbered, path_of
 from shardit.diffusion.request.returned import MAPS, Kind
@@ -133,7 +133,8 @@ class Output:
         return _write_all(dict(zip(targets, writers, strict=True)))
 
     def left_out(self, path: str | os.PathLike[str]) -> list[str]:
-        """Return the names of the pipeline's results that a file of this name does not contain."""
+        """Return the names of the pipeline's results, and of settings in its record, that a file of this name does not
+        contain."""
         suffix = Path(path).suffix.lower()
         kind = next((kind for kind in self.kinds if suffix in SUFFIXES[kind]), None)
         fields = {"frames": self.frames, "images": self.images, "texts": self.texts, **self.extra}
@@ -142,7 +143,11 @@ class Output:
             arrays = self._arrays()
             written = [name for name in fields if any(f"{key}.".startswith(f"{name}.") for key in arrays)]
         sound = {} if self.audio is None or kind in ("video", "audio", "tensors") else {"audio": self.audio}
-        return [name for name, value in {**fields, **sound}.items() if name not in written and _says(value)]
+        settings = too_long(self.record()) if suffix in (".jpg", ".jpeg") else []
+        return [
+            *(name for name, value in {**fields, **sound}.items() if name not in written and _says(value)),
+            *settings,
+        ]
 
     def _writers(self, kind: Kind, quality: int | None) -> list[Writer]:
         record = self.record()

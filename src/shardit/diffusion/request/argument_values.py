@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shardit.config import reject_unknown_names
 from shardit.errors import InputError
 from shardit.settings.checks import is_number, number, number_problem, text_as_flag
 
+if TYPE_CHECKING:
+    from shardit.diffusion.request.pipeline_signature import PipelineSignature
+
 _BOOLS_OR_NUMBERS = ("cfg_normalization",)
 """Z-Image takes its limit of a norm as a number, too, although the default is False."""
 
 
-def checked_value(name: str, value: Any, defaults: Mapping[str, Any]) -> Any:
-    """Return the value of an argument, a text such as "off" as a bool if the default is one. Raises InputError.
+def checked_value(name: str, value: Any, takes: PipelineSignature) -> Any:
+    """Return the value of an argument, a text such as "off" as a bool if the default is one, and a list as a tuple if
+    the pipeline takes one. Raises InputError.
 
     In Python any text is true, so that "false" would silently enable an argument. If the default is a number, None has
     another meaning in some pipelines, and is passed on.
     """
-    default = defaults.get(name)
+    if name in takes.tuples and value is not None:
+        return _tuple(name, value, takes.tuples[name])
+    default = takes.defaults.get(name)
     if isinstance(default, bool):
         flag = text_as_flag(value)
         if type(flag).__name__ in ("bool", "bool_"):  # of numpy
@@ -35,6 +42,14 @@ def checked_value(name: str, value: Any, defaults: Mapping[str, Any]) -> Any:
         if wrong := next(filter(None, (number_problem(part) for part in parts if isinstance(part, Real))), None):
             raise InputError(f"{name} must be {wrong}, got {_short(value)}")
     return value
+
+
+def _tuple(name: str, value: Any, length: int) -> tuple[Any, ...]:
+    sized = isinstance(value, (list, tuple)) and (len(value) == length or not length)
+    if not sized or any(not is_number(part) for part in value):
+        form = json.dumps(list(range(length))) if length else "[1, 2, ...]"
+        raise InputError(f"{name} must be {length or 'some'} numbers, such as {form}, got {_short(value)}")
+    return tuple(value)
 
 
 _OF_ADAPTER = ("ip_adapter_masks", "ip_hidden_states")

@@ -144,7 +144,7 @@ def _build(
     params = _merge(base, values, takes)
     _check_taken(params, takes)
     kwargs = {name: value for name, value in params.given().items() if name not in _OWN_FIELDS}
-    kwargs.update({name: checked_value(name, value, takes.defaults) for name, value in params.extra_args.items()})
+    kwargs.update({name: checked_value(name, value, takes) for name, value in params.extra_args.items()})
     _check_values(kwargs, takes)
     if problem := steps_problem(kwargs):
         raise InputError(problem)

@@ -65,6 +65,8 @@ class PipelineSignature:
     """The arguments in `pictures` that are lists of pictures and nothing else, by their annotations."""
     tensors: tuple[str, ...] = ()
     """Arguments that are tensors and nothing else, by their annotations."""
+    tuples: Mapping[str, int] = field(default_factory=dict)
+    """Arguments that are tuples of numbers and nothing else, by their annotations, with their lengths; 0 is any."""
     native_fps: float | None = None
     """Frames per second that the checkpoint was trained for, if its configuration has them."""
     multiples: Mapping[str, int] = field(default_factory=dict)
@@ -274,14 +276,23 @@ def _is_tensor(item: inspect.Parameter) -> bool:
     return bool(words & _TENSORS) and words <= _TENSORS | _OPTIONAL
 
 
-def _is_list(item: inspect.Parameter) -> bool:
-    """Return whether an argument is a list and nothing else, by its annotation."""
+def _is_a(item: inspect.Parameter, kind: str) -> bool:
+    """Return whether an argument is a "list" or a "tuple" and nothing else, by its annotation."""
     try:
         kinds = list(_kinds(ast.parse(str(item.annotation), mode="eval").body))
     except SyntaxError:  # the form in which Python shows classes
         return False
-    kinds = [kind for kind in kinds if kind not in _OPTIONAL]
-    return bool(kinds) and all(kind in ("list", "List") for kind in kinds)
+    kinds = [one for one in kinds if one not in _OPTIONAL]
+    return bool(kinds) and all(one.lower() == kind for one in kinds)
+
+
+def _tuple_lengths(items: Iterable[inspect.Parameter]) -> dict[str, int]:
+    found = {item.name: str(item.annotation).lower() for item in items if _is_a(item, "tuple")}
+    inner = {
+        name: re.search(r"tuple\[((?:int|float)(?:, (?:int|float))*)(, \.\.\.)?\]", text)
+        for name, text in found.items()
+    }
+    return {name: 0 if one[2] or "," not in one[1] else one[1].count(",") + 1 for name, one in inner.items() if one}
 
 
 def _kinds(node: ast.expr) -> Iterator[str]:
@@ -322,7 +333,8 @@ def signature_from(
         defaults={item.name: item.default for item in found.values() if isinstance(item.default, simple)},
         required=tuple(item.name for item in found.values() if item.default is item.empty),
         pictures=tuple(item.name for item in found.values() if _is_picture(item)),
-        listed=tuple(item.name for item in found.values() if _is_picture(item) and _is_list(item)),
+        listed=tuple(item.name for item in found.values() if _is_picture(item) and _is_a(item, "list")),
         tensors=tuple(item.name for item in found.values() if _is_tensor(item)),
+        tuples=_tuple_lengths(found.values()),
         native_fps=24.0 if (model_index or {}).get("expand_timesteps") else None,
     )

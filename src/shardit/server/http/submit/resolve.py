@@ -107,11 +107,11 @@ def _checked(given: Mapping[str, Any], takes: PipelineSignature) -> dict[str, An
     """Check the pipeline's own arguments: before the limits, which look at numbers only."""
     own = [name for name in given if name not in field_names()]
     try:
-        values = {**given, **{name: checked_value(name, given[name], takes.defaults) for name in own}}
+        values = {**given, **{name: checked_value(name, given[name], takes) for name in own}}
         extra = given.get("extra_args", {})
         for name, value in {**extra, **given}.items():
             check_attention(name, value, takes.adapted)
-        checked = {name: checked_value(name, value, takes.defaults) for name, value in extra.items()}
+        checked = {name: checked_value(name, value, takes) for name, value in extra.items()}
         if takes.rate_name in {**extra, **given}:
             number(*FPS)(str(takes.rate_name), {**checked, **values}[takes.rate_name])
     except InputError as error:

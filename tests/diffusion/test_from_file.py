@@ -64,8 +64,8 @@ def test_a_file_of_another_model(tmp_path, capsys):
     path = saved(tmp_path / "a.png", strength=None, true_cfg_scale=2.0)
     assert main(["generate", "--from-file", str(path), "--model", "tiny/wan2.2-t2v"]) == 2
     assert capsys.readouterr().err == (
-        f"error: {path} was made by tiny/flux with caption, true_cfg_scale, which WanPipeline does not take; leave --model "
-        "out, or give the settings as flags in place of --from-file\n"
+        f"error: {path} was made by tiny/flux with caption, true_cfg_scale, which WanPipeline does not take; "
+        "leave --model out, or give the settings as flags in place of --from-file\n"
     )
     takes = PipelineSignature("P", ("prompt", "width"))
     check_fits(path, "tiny/other", ["width", "height"], takes)

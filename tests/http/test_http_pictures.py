@@ -116,6 +116,14 @@ def test_damaged_pictures_are_refused_or_good(kind: str, seed: int, count: int) 
         check_whole(damaged, "image")
 
 
+def test_pictures_that_pil_takes_for_an_attack_are_too_large():
+    into = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(into, "PNG")
+    with pytest.raises(ApiError, match="image has far more pixels than the limit") as refused:
+        check_header(into.getvalue(), Limits(), "image")
+    assert refused.value.code == "too_large"
+
+
 @settings(
     max_examples=60,
     deadline=None,

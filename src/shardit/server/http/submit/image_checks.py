@@ -25,6 +25,9 @@ def check_header(data: bytes, limits: Limits, param: str) -> str:
         raise _refused(param, "is not a PNG, JPEG or WebP file; give one of these")
     try:
         width, height = _size(data, kind)
+    except Image.DecompressionBombError as error:
+        text = f"has far more pixels than the limit; give a picture of 1 to {limits.pixels} pixels"
+        raise _refused(param, text, "too_large") from error
     except Exception as error:  # decoders raise nearly any exception on damaged data
         raise _refused(param, "cannot be read, its header is damaged; save it again") from error
     if width < 1 or height < 1 or width * height > limits.pixels:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,9 @@ from shardit.diffusion.request.pipeline_signature import PipelineSignature, sign
 from shardit.errors import InputError
 from shardit.models import tiny
 from shardit.params import MAX_SEED, OmniDiffusionSamplingParams
+from shardit.server.http.schema.errors import ApiError
+from shardit.server.http.submit.resolve import arguments
+from shardit.server.options import ServeOptions
 from shardit.settings.declare import declared
 
 Params = OmniDiffusionSamplingParams
@@ -713,3 +717,40 @@ def test_fields_are_arguments_of_real_pipelines():
         "QwenImageLayeredPipeline",
         "FluxImg2ImgPipeline",
     ]
+
+
+class ListPipeline:
+    def __call__(
+        self,
+        prompt: str | None = None,
+        crops: tuple[int, int] = (0, 0),
+        layers: tuple[int, ...] | None = (1, 2),
+        instruction: list[str] | None = ["a"],  # noqa: B006
+        sizes: int | tuple[int, int] = 1,
+        ratio: float = 1.3,
+        flag: bool = True,
+    ) -> None: ...
+
+
+def test_tuples_and_lists_of_texts_from_json():
+    takes = signature_of(ListPipeline)
+    assert dict(takes.tuples) == {"crops": 2, "layers": 0}
+    assert takes.text_lists == ("instruction",)
+    right = {"crops": [3, 4.5], "layers": [1, 2, 3], "instruction": ["x"], "sizes": [1, 2]}
+    (request,) = build("a", Params(extra_args=right), takes)
+    assert request.kwargs == {"crops": (3, 4.5), "layers": (1, 2, 3), "instruction": ["x"], "sizes": [1, 2]}
+    nulls = dict.fromkeys(("crops", "layers", "instruction", "ratio"))
+    assert build("a", Params(extra_args=nulls), takes)[0].kwargs == nulls
+    for value in ([1], [1, 2, 3], [1, "a"], [1, math.nan], 5, "x", [True, 1]):
+        refused(r"^crops must be 2 numbers, such as \[0, 1\], got", "a", Params(extra_args={"crops": value}), takes)
+    refused(r"^layers must be some numbers, such as \[1, 2, ...\]", "a", Params(extra_args={"layers": 5}), takes)
+    for value in ("text", [5], 5, {"a": "b"}):
+        refused("^instruction must be a list of texts", "a", Params(extra_args={"instruction": value}), takes)
+    # Over HTTP: null is the default, except where it has a meaning of its own.
+    given = {"prompt": "a", "flag": None, **nulls, "extra_args": {"layers": [5]}}
+    options = ServeOptions(model="m", data_dir=Path("data"))
+    asked = arguments(given, takes, options)
+    assert asked == {"prompt": "a", "extra_args": {"crops": None, "instruction": None, "ratio": None, "layers": (5,)}}
+    with pytest.raises(ApiError, match="instruction must be a list of texts") as error:
+        arguments({"prompt": "a", "instruction": "x"}, takes, options)
+    assert error.value.param == "instruction"

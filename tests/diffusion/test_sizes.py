@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from pathlib import Path
 
 import pytest
-from diffusers import DiffusionPipeline
+import torch
+from diffusers import ConfigMixin, DiffusionPipeline
 
+from shardit.diffusion.preflight.static_sizes import static_sizes
 from shardit.diffusion.request.advice import advice
 from shardit.diffusion.request.build import build_requests
 from shardit.diffusion.request.pipeline_signature import signature_of
@@ -17,6 +20,7 @@ from shardit.server.http.schema.errors import ApiError
 from shardit.server.http.schema.fields import check_fields, field_models
 from shardit.server.http.submit.resolve import arguments
 from shardit.server.options import Limits, ServeOptions
+from tests.pipelines.entry import entries
 from tests.support import brought
 
 
@@ -129,3 +133,12 @@ def test_refused_sizes_are_not_suggested():
             check_fields(model, {"prompt": "a", wrong: 1}, ["num_frames", "height"])
         assert ("did you mean" in str(caught.value)) == (right is not None), wrong
         assert right is None or repr(right) in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "multiple"), [("PixArtSigmaPipeline", None), ("StableDiffusionPipeline", 8)])
+def test_sizes_that_a_pipeline_rounds_first_are_not_refused_before_it_is_loaded(name, multiple):
+    torch.manual_seed(0)
+    pipe = entries()[name].build()
+    configs = {key: dict(part.config) for key, part in pipe.components.items() if isinstance(part, ConfigMixin)}
+    found = static_sizes(name, inspect.signature(type(pipe).__call__).parameters, configs)["multiples"]
+    assert found == size_multiples(pipe) == ({} if multiple is None else {"height": multiple, "width": multiple})

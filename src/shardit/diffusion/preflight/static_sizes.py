@@ -73,10 +73,10 @@ def _checks(nodes: list[ast.ClassDef], name: str, made: Any, seen: frozenset[str
             value = _value(line.value, {"self": made, **known})
             if isinstance(value, (int, float)):
                 known[target.id] = value
-        names = {node.id: isinstance(node.ctx, ast.Store) for node in ast.walk(line) if isinstance(node, ast.Name)}
-        if isinstance(line, ast.If) and isinstance(line.body[-1], ast.Raise) and _SIDES & names.keys():
+        names = [node for node in ast.walk(line) if isinstance(node, ast.Name) and node.id in _SIDES]
+        if isinstance(line, ast.If) and isinstance(line.body[-1], ast.Raise) and names:
             yield line.test, dict(known)
-        elif any(names.get(side) for side in _SIDES) and not _is_default(line):
+        elif any(isinstance(node.ctx, ast.Store) for node in names) and not _is_default(line):
             return
         for call in (node.attr for node in ast.walk(line) if isinstance(node, ast.Attribute)):
             if call in _CHECKS and call not in seen:
@@ -86,7 +86,8 @@ def _checks(nodes: list[ast.ClassDef], name: str, made: Any, seen: frozenset[str
 def _is_default(line: ast.stmt) -> bool:
     """Return whether a statement only sets a side that was not given."""
     text = ast.unparse(line)
-    return any(f"{side} = {side} or " in text or f"if {side} is None" in text for side in _SIDES)
+    forms = ("{0} = {0} or ", "if {0} is None", "if not {0} ")
+    return any(form.format(side) in text for form in forms for side in _SIDES)
 
 
 def _refuses(check: Check, made: Any, height: int, width: int) -> bool:

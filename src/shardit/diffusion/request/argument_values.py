@@ -27,6 +27,10 @@ def checked_value(name: str, value: Any, takes: PipelineSignature) -> Any:
     """
     if name in takes.tuples and value is not None:
         return _tuple(name, value, takes.tuples[name])
+    if name in takes.text_lists and value is not None:
+        if not isinstance(value, (list, tuple)) or not all(isinstance(part, str) for part in value):
+            raise InputError(f'{name} must be a list of texts, such as ["a", "b"], got {_short(value)}')
+        return list(value)
     default = takes.defaults.get(name)
     if isinstance(default, bool):
         flag = text_as_flag(value)

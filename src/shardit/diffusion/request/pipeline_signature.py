@@ -67,6 +67,8 @@ class PipelineSignature:
     """Arguments that are tensors and nothing else, by their annotations."""
     tuples: Mapping[str, int] = field(default_factory=dict)
     """Arguments that are tuples of numbers and nothing else, by their annotations, with their lengths; 0 is any."""
+    text_lists: tuple[str, ...] = ()
+    """Arguments that are lists of texts and nothing else, by their annotations."""
     native_fps: float | None = None
     """Frames per second that the checkpoint was trained for, if its configuration has them."""
     multiples: Mapping[str, int] = field(default_factory=dict)
@@ -336,5 +338,8 @@ def signature_from(
         listed=tuple(item.name for item in found.values() if _is_picture(item) and _is_a(item, "list")),
         tensors=tuple(item.name for item in found.values() if _is_tensor(item)),
         tuples=_tuple_lengths(found.values()),
+        text_lists=tuple(
+            item.name for item in found.values() if _is_a(item, "list") and "[str]" in str(item.annotation)
+        ),
         native_fps=24.0 if (model_index or {}).get("expand_timesteps") else None,
     )

@@ -109,7 +109,7 @@ def field_models(limits: Limits) -> FieldModels:
 
 def check_fields(model: type[BaseModel], values: Mapping[str, Any], pipeline_names: Collection[str]) -> dict[str, Any]:
     """Return the given fields that are not null, checked. `pipeline_names` are arguments of the model's pipeline,
-    accepted by name even if they are not fields. Raises ApiError naming the field."""
+    accepted by name even if they are not fields, and null too. Raises ApiError naming the field."""
     known = list(model.model_fields)
     names = set(pipeline_names)
     further = [name for name in pipeline_names if name not in known]
@@ -123,7 +123,7 @@ def check_fields(model: type[BaseModel], values: Mapping[str, Any], pipeline_nam
     except ValidationError as error:
         raise _first_of(error) from None
     given = checked.model_dump(exclude_none=True)
-    return {**given, **{name: values[name] for name in further if values.get(name) is not None}}
+    return {**given, **{name: values[name] for name in further if name in values}}
 
 
 _AT_START = "; it is chosen for all requests when the server is started (shardit serve --help)"

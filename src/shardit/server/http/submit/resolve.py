@@ -74,6 +74,7 @@ def arguments(values: Mapping[str, Any], takes: PipelineSignature, options: Serv
     given = {name: value for name, value in values.items() if name not in ROUTING and name not in (*PICTURES, "seed")}
     if given.get("prompt") == "" and "prompt" not in takes.names:
         del given["prompt"]  # it is a field of all models, and empty if a pipeline takes none
+    given = _without_nulls(given, takes)
     _check_extra(given.get("extra_args", {}), takes)
     count, size, seconds = given.pop("n", None), given.pop("size", "auto"), given.pop("seconds", "auto")
     given = _checked(given, takes)
@@ -101,6 +102,18 @@ def arguments(values: Mapping[str, Any], takes: PipelineSignature, options: Serv
         if problem := takes.size_problem(name, given.get(name)):
             raise ApiError(400, problem, code="invalid_value", param=name if name in values else "size")
     return given
+
+
+def _without_nulls(given: Mapping[str, Any], takes: PipelineSignature) -> dict[str, Any]:
+    """Leave out arguments of the pipeline that are null, which is their default; for a number or a list, null may have
+    a meaning of its own, and becomes an entry of `extra_args`."""
+    nulls = [name for name, value in given.items() if value is None]
+    kept = {name: value for name, value in given.items() if value is not None}
+    default = [takes.defaults.get(name, ()) for name in nulls]
+    meant = {
+        name: None for name, one in zip(nulls, default, strict=True) if not isinstance(one, (bool, str, type(None)))
+    }
+    return {**kept, "extra_args": {**meant, **kept.get("extra_args", {})}} if meant else kept
 
 
 def _checked(given: Mapping[str, Any], takes: PipelineSignature) -> dict[str, Any]:

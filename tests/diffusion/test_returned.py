@@ -411,6 +411,12 @@ def test_warnings_that_become_notes_are_not_printed():
 
 def test_warnings_are_their_first_line_that_is_not_empty():
     with warnings_of("somebody", lambda: True) as heard:
-        for text in ("\nto use it: pip install x\nor else", "  \n", "", "first\nsecond"):
+        for text in (
+            *("\nto use it: pip install x\nor else", "  \n", "", "first\nsecond"),
+            *("you can install it:\n\npip install y\nor else", "nothing follows:\n"),
+        ):
             logging.getLogger("somebody").warning(text)
-    assert heard.lines == ["to use it: pip install x", "first"]
+    assert heard.lines == [
+        *("to use it: pip install x", "first"),
+        *("you can install it: pip install y", "nothing follows"),
+    ]

@@ -107,13 +107,18 @@ def test_arguments_of_optimizers_are_checked_on_every_stage() -> None:
             ({"lr": 1}, "give learning_rate"),
             ({"weight_decay": 1}, "give weight_decay"),
             ({"betas": [2, 0.9]}, "AdamW refuses them"),
+            ({"betas": [0.9]}, r"betas must be a list of 2 numbers, got \[0.9\]"),
+            ({"betas": 0.9}, "betas must be a list of 2 numbers, got 0.9"),
+            ({"betas": ["a", 1]}, "betas must be a list of 2 numbers"),
+            ({"eps": "x"}, "eps must be a number, such as 1e-08, got 'x'"),
+            ({"amsgrad": 1}, "amsgrad must be true or false, got 1"),
+            ({"fused": "maybe"}, "fused must be true or false, got 'maybe'"),
         ):
             with pytest.raises(InputError, match=part):
                 make_optimizer(TrainSettings(optimizer_args=arguments), some)
     assert make_optimizer(TrainSettings(optimizer_args={"betas": [0.8, 0.9]}), {}) is None
-    for arguments in ({"betas": [0.9]}, {"differentiable": True}):
-        with pytest.raises(InputError, match="optimizer_args: adamw makes no step"):
-            try_optimizer(TrainSettings(optimizer_args=arguments), torch.device("cpu"))
+    with pytest.raises(InputError, match="optimizer_args: adamw makes no step"):
+        try_optimizer(TrainSettings(optimizer_args={"differentiable": True}), torch.device("cpu"))
     try_optimizer(TrainSettings(), torch.device("cpu"))
 
 

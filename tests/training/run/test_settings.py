@@ -97,6 +97,7 @@ def test_flags_and_keys_are_the_same() -> None:
         ("steps = '5'", ("steps must be a whole number", "got '5'")),
         ("full = 1", ("full must be true or false",)),
         ("lora_targets = 'to_q'", ("lora_targets must be a list of texts",)),
+        ("lora_targets = []", ("lora_targets is an empty list: leave it out",)),
         ("model = ['a']", ("model",)),
         ("resolution = '12by3'", ("resolution must be WIDTHxHEIGHT",)),
         ("optimizer = 'adam'", ("optimizer must be one of adamw",)),

@@ -25,7 +25,10 @@ class warnings_of:
         self.lines: list[str] = []
 
     def _keep(self, record: logging.LogRecord) -> None:
-        line = first_filled_line(record.getMessage())
+        text = record.getMessage()
+        line = first_filled_line(text)
+        if line.endswith(":"):  # it announces the next one
+            line = f"{line} {first_filled_line(text.partition(line)[2])}".rstrip(": ")
         if len(line) > LONGEST_WARNING:  # some repeat the whole prompt
             line = f"{line[:LONGEST_WARNING]}..."
         if line and self._listening() and line not in self.lines:

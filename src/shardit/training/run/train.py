@@ -44,13 +44,13 @@ def train(
     Collective over all ranks. began() is called before the first step. Raises InputError, RankError.
     """
     assert settings.output is not None  # it was checked
+    try_optimizer(settings, mesh.device)
     try:
         settings.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--output {settings.output} cannot be made: {error.strerror}; name another") from error
     if mesh.rank == 0:
         print(f"loading {settings.model} and {settings.data} ...", file=sys.stderr, flush=True)
-    try_optimizer(settings, mesh.device)
     seed_all(settings.seed)
     return Run(settings, config, mesh, make(settings, mesh)).run(stop, began)
 

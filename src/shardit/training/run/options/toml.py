@@ -138,6 +138,8 @@ def _converted(path: Path, key: str, value: Any, kind: Any, flag: Flag) -> Any:
     if flag.each is not None:
         if not (isinstance(value, list) and all(isinstance(one, str) for one in value)):
             raise InputError(f'{path}: {key} must be a list of texts, such as {key} = ["..."], got {value!r:.200}')
+        if not value:
+            raise InputError(f"{path}: {key} is an empty list: leave it out for the default, or name one")
         return tuple(map(flag.each, value))
     if flag.read is not None and isinstance(value, str):
         return flag.read(value)

@@ -12,6 +12,7 @@ from torch import nn
 
 from shardit.config import reject_unknown_names
 from shardit.errors import InputError, first_line
+from shardit.settings.checks import is_number
 from shardit.training.settings import TrainSettings
 
 _CLASSES = {
@@ -39,8 +40,11 @@ def make_optimizer(settings: TrainSettings, parameters: Mapping[str, nn.Paramete
     for argument, setting in _SETTINGS.items():
         if argument in given:
             raise InputError(f"optimizer_args: {argument} is a setting of its own: give {setting}")
-    takes = [one for one in inspect.signature(cls).parameters if one not in ("self", "params", "lr", "weight_decay")]
+    known = inspect.signature(cls).parameters
+    takes = [one for one in known if one not in ("self", "params", "lr", "weight_decay")]
     reject_unknown_names(f"optimizer_args: {name}", given, takes)
+    for key, value in given.items():
+        _check_kind(key, value, known[key])
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     try:
         # Also where there is nothing to train: all ranks find the same mistakes.
@@ -49,6 +53,21 @@ def make_optimizer(settings: TrainSettings, parameters: Mapping[str, nn.Paramete
     except (ValueError, TypeError) as error:
         raise InputError(f"optimizer_args: {name} refuses them: {first_line(error)}") from error
     return made if parameters else None
+
+
+def _check_kind(name: str, value: Any, takes: inspect.Parameter) -> None:
+    """Raise InputError for a value of another kind than the default: the classes take any, and fail later or never."""
+    default = takes.default
+    if isinstance(default, bool) or "bool" in str(takes.annotation):
+        if not isinstance(value, bool):
+            raise InputError(f"optimizer_args: {name} must be true or false, got {value!r:.100}")
+    elif isinstance(default, (int, float)):
+        if not is_number(value):
+            raise InputError(f"optimizer_args: {name} must be a number, such as {default}, got {value!r:.100}")
+    elif isinstance(default, tuple):
+        parts = value if isinstance(value, (list, tuple)) else ()
+        if len(parts) != len(default) or not all(map(is_number, parts)):
+            raise InputError(f"optimizer_args: {name} must be a list of {len(default)} numbers, got {value!r:.100}")
 
 
 def try_optimizer(settings: TrainSettings, device: torch.device) -> None:

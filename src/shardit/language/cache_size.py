@@ -9,7 +9,9 @@ from shardit.language.info import max_positions
 UNLIMITED = 4096
 """Tokens of a request if neither the user nor the model sets a limit."""
 
-_WINDOWED = ("sliding_attention", "chunked_attention")
+_GROWING = ("full_attention", "hybrid", "indexed_attention", "reference_sliding_attention")
+_WINDOWED = ("sliding_attention", "chunked_attention", "hybrid_sliding")
+"""Types of layers with a cache of keys, by transformers' names."""
 
 
 def request_tokens(config: Any, max_model_len: int | None) -> int:
@@ -33,8 +35,9 @@ def cache_bytes(config: Any, count: int, itemsize: int, tokens: int, tensor_rank
 def _cached(config: Any, kind: str, tokens: int, tensor_ranks: int) -> int:
     """Return the number of elements that a layer caches for a request."""
     window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None) or tokens
-    kept = {"full_attention": tokens, **dict.fromkeys(_WINDOWED, min(tokens, window))}.get(kind, 0)
+    kept = {**dict.fromkeys(_GROWING, tokens), **dict.fromkeys(_WINDOWED, min(tokens, window))}.get(kind, 0)
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     latent = getattr(config, "kv_lora_rank", None) is not None  # whole on every tensor rank
-    return 2 * (heads if latent else -(-heads // tensor_ranks)) * size * kept
+    indexer = (getattr(config, "index_head_dim", None) or 0) * kept if kind == "indexed_attention" else 0
+    return 2 * (heads if latent else -(-heads // tensor_ranks)) * size * kept + indexer

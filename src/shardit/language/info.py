@@ -33,4 +33,5 @@ def end_tokens(generation_config: Any, tokenizer: Any) -> frozenset[int]:
 def max_positions(config: Any) -> int | None:
     """Return the maximum number of positions of a model; None if it has no limit."""
     text = config.get_text_config(decoder=True)
-    return next((value for name in POSITION_LIMITS if isinstance(value := getattr(text, name, None), int)), None)
+    found = (getattr(text, name, None) for name in POSITION_LIMITS)
+    return next((value for value in found if isinstance(value, int) and value > 0), None)  # -1 of XLNet is none

@@ -21,7 +21,7 @@ _ABOUT = (
     "pipeline",
     "revision",
     "versions",
-    "parallel",
+    "ranks",
     "made",
     "input_image_sizes",
     "sample_rate",
@@ -85,7 +85,8 @@ def flags_of(
     extra: dict[str, Any] = {}
     own = (*_ABOUT, "scheduler_args", "single_files", *(["num_inference_steps"] if listed(record) else []))
     for name, value in record.items():
-        if name in (*own, *given) or (value is None and name in known):
+        of_ranks = name == "parallel" and isinstance(value, dict)  # as "ranks" was called
+        if name in (*own, *given) or of_ranks or (value is None and name in known):
             continue
         if lacking := "" if _PROMPT.fullmatch(name) else _not_held(value):
             advice = "use shardit.Omni" if lacking == "numbers" else f"add --extra {name}=PATH"

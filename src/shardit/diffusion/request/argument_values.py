@@ -31,6 +31,8 @@ def checked_value(name: str, value: Any, takes: PipelineSignature) -> Any:
         if not isinstance(value, (list, tuple)) or not all(isinstance(part, str) for part in value):
             raise InputError(f'{name} must be a list of texts, such as ["a", "b"], got {_short(value)}')
         return list(value)
+    if name in takes.number_keys and isinstance(value, Mapping):
+        return {int(key) if isinstance(key, str) and key.isdecimal() else key: one for key, one in value.items()}
     default = takes.defaults.get(name)
     if isinstance(default, bool):
         flag = text_as_flag(value)
@@ -45,7 +47,20 @@ def checked_value(name: str, value: Any, takes: PipelineSignature) -> Any:
             raise InputError(f"{name} must be a number, got {_short(value)}")
         if wrong := next(filter(None, (number_problem(part) for part in parts if isinstance(part, Real))), None):
             raise InputError(f"{name} must be {wrong}, got {_short(value)}")
+    known = takes.forms.get(name) if name not in takes.pictures else None
+    form = _form(value)
+    if form is not None and known and form not in known:
+        raise InputError(f"{name} must be {' or '.join(_FORMS[one] for one in sorted(known))}, got {_short(value)}")
     return value
+
+
+_FORMS = {"number": "a number", "flag": "true or false", "text": "a text", "list": "a list", "dict": "a dict of names"}
+
+
+def _form(value: Any) -> str | None:
+    """Return the form of a value that JSON may have; None for null and all others."""
+    of_types = {bool: "flag", Real: "number", str: "text", list: "list", tuple: "list", Mapping: "dict"}
+    return next((form for kind, form in of_types.items() if isinstance(value, kind)), None)
 
 
 def _tuple(name: str, value: Any, length: int) -> tuple[Any, ...]:

@@ -187,7 +187,7 @@ def _pictures_left_out(
 ) -> tuple[str, ...]:
     """Return the arguments for pictures and videos that have not been given."""
     names = takes.pictures if images or takes.image_name is None else (takes.image_name, *takes.pictures)
-    return tuple(name for name in names if kwargs.get(name) is None)
+    return tuple(name for name in names if kwargs.get(name) is None and not takes.needs_adapter(name))
 
 
 def _check_values(kwargs: Mapping[str, Any], takes: PipelineSignature) -> None:

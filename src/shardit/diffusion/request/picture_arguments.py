@@ -30,8 +30,16 @@ def open_pictures(given: Mapping[str, Any], takes: PipelineSignature) -> dict[st
     return found
 
 
+def _check(value: Any) -> None:
+    """Raise InputError for plain values that are no picture, as JSON may have them."""
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    if not len(parts) or any(isinstance(part, (bool, int, float, Mapping)) for part in parts):
+        raise InputError(f"must be a picture, the path of one or a list of these, got {value!r:.60}")
+
+
 def _opened(name: str, value: Any, takes: PipelineSignature) -> Any:
     try:
+        _check(value)
         if is_file(value) and (is_video(name) or is_mask_of_video(name, takes)):
             return open_video(value)
         mode = "opaque" if any(word in name for word in OPAQUE) else "RGB"

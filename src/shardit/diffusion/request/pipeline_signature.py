@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import inspect
 import re
@@ -10,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from shardit.diffusion.loading.annotations import forms_of, is_list, is_tensor, tuple_length
 from shardit.diffusion.request.returned import MAPS, PICTURES, VIDEO, Kind, declared_fields, kinds_of
 
 # Set by shardit itself, so not a choice of the user.
@@ -40,8 +40,6 @@ _CONTROLS = ("control_image", "control_video", "conditioning_frames", "image")
 _WORDS_OF_VIDEO_PIPELINES = ("VideoToVideo", "LatentUpsample")
 _WORDS_OF_MASKS = ("Inpaint", "Fill")
 _MASKS = ("mask_image", "control_mask")
-_TENSORS = {"Tensor", "FloatTensor", "LongTensor"}
-_OPTIONAL = {"Optional", "Union", "None", "NoneType", "class"}
 # Given several pictures for one prompt, these would take them for a batch. Other classes may have a use for several,
 # and get them.
 _CLASSES_OF_ONE_IMAGE = ("QwenImageEditPipeline", "QwenImageLayeredPipeline", "LongCatImageEditPipeline")
@@ -69,6 +67,10 @@ class PipelineSignature:
     """Arguments that are tuples of numbers and nothing else, by their annotations, with their lengths; 0 is any."""
     text_lists: tuple[str, ...] = ()
     """Arguments that are lists of texts and nothing else, by their annotations."""
+    number_keys: tuple[str, ...] = ()
+    """Arguments that are dicts with whole numbers as keys, by their defaults; JSON has texts as keys only."""
+    forms: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """Forms of values that arguments take, where their annotations have no others (`forms_of`)."""
     native_fps: float | None = None
     """Frames per second that the checkpoint was trained for, if its configuration has them."""
     multiples: Mapping[str, int] = field(default_factory=dict)
@@ -161,8 +163,8 @@ class PipelineSignature:
 
     def tensor_problem(self, name: str, value: Any) -> str | None:
         """Return the error in an argument that must be a tensor: text and plain numbers, also in lists, are invalid."""
-        parts = value if isinstance(value, (list, tuple)) else [value]
-        wrong = any(isinstance(part, (str, bytes, bool, int, float, Mapping)) for part in parts)
+        parts = list(_leaves(value))
+        wrong = not parts or any(isinstance(part, (str, bytes, bool, int, float, Mapping)) for part in parts)
         if name not in self.tensors or _IMAGE.search(name) or not wrong:  # images are opened in any case
             return None
         return f"{name} must be a tensor, got {repr(value)[:60]}; give one to shardit.Omni, or leave it out"
@@ -270,46 +272,20 @@ def is_mask_of_video(name: str, takes: PipelineSignature) -> bool:
 
 def _is_picture(item: inspect.Parameter) -> bool:
     found = _PICTURE.search(item.name) is not None or "Image" in str(item.annotation)
-    return found and item.name != "image" and _NO_PICTURE.search(item.name) is None
+    number = forms_of(item) and forms_of(item) <= {"number", "flag"}
+    return found and not number and item.name != "image" and _NO_PICTURE.search(item.name) is None
 
 
-def _is_tensor(item: inspect.Parameter) -> bool:
-    words = {word.rpartition(".")[2] for word in re.findall(r"[\w.]+", str(item.annotation))}
-    return bool(words & _TENSORS) and words <= _TENSORS | _OPTIONAL
-
-
-def _is_a(item: inspect.Parameter, kind: str) -> bool:
-    """Return whether an argument is a "list" or a "tuple" and nothing else, by its annotation."""
-    try:
-        kinds = list(_kinds(ast.parse(str(item.annotation), mode="eval").body))
-    except SyntaxError:  # the form in which Python shows classes
-        return False
-    kinds = [one for one in kinds if one not in _OPTIONAL]
-    return bool(kinds) and all(one.lower() == kind for one in kinds)
-
-
-def _tuple_lengths(items: Iterable[inspect.Parameter]) -> dict[str, int]:
-    found = {item.name: str(item.annotation).lower() for item in items if _is_a(item, "tuple")}
-    inner = {
-        name: re.search(r"tuple\[((?:int|float)(?:, (?:int|float))*)(, \.\.\.)?\]", text)
-        for name, text in found.items()
-    }
-    return {name: 0 if one[2] or "," not in one[1] else one[1].count(",") + 1 for name, one in inner.items() if one}
-
-
-def _kinds(node: ast.expr) -> Iterator[str]:
-    """Yield the names of the types in an annotation, without their parameters."""
-    if isinstance(node, ast.BinOp):
-        yield from (*_kinds(node.left), *_kinds(node.right))
-        return
-    outer = node.value if isinstance(node, ast.Subscript) else node
-    name = ast.unparse(outer).rpartition(".")[2]
-    if isinstance(node, ast.Subscript) and name in _OPTIONAL:
-        inner = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
-        for one in inner:
-            yield from _kinds(one)
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _leaves(part)
     else:
-        yield name
+        yield value
+
+
+def _has_number_keys(default: Any) -> bool:
+    return isinstance(default, dict) and bool(default) and all(type(key) is int for key in default)
 
 
 def signature_from(
@@ -335,11 +311,11 @@ def signature_from(
         defaults={item.name: item.default for item in found.values() if isinstance(item.default, simple)},
         required=tuple(item.name for item in found.values() if item.default is item.empty),
         pictures=tuple(item.name for item in found.values() if _is_picture(item)),
-        listed=tuple(item.name for item in found.values() if _is_picture(item) and _is_a(item, "list")),
-        tensors=tuple(item.name for item in found.values() if _is_tensor(item)),
-        tuples=_tuple_lengths(found.values()),
-        text_lists=tuple(
-            item.name for item in found.values() if _is_a(item, "list") and "[str]" in str(item.annotation)
-        ),
+        listed=tuple(item.name for item in found.values() if _is_picture(item) and is_list(item)),
+        tensors=tuple(item.name for item in found.values() if is_tensor(item)),
+        tuples={item.name: size for item in found.values() if (size := tuple_length(item)) is not None},
+        text_lists=tuple(item.name for item in found.values() if is_list(item, of="str")),
+        number_keys=tuple(item.name for item in found.values() if _has_number_keys(item.default)),
+        forms={item.name: forms for item in found.values() if (forms := forms_of(item))},
         native_fps=24.0 if (model_index or {}).get("expand_timesteps") else None,
     )

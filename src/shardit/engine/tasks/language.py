@@ -131,7 +131,7 @@ def check_memory(memory: CacheMemory, spec: SessionSpec, mesh: Mesh, limit: int 
     request of max_model_len tokens, or if that cache is larger than kv_cache_memory."""
     options = spec.language
     tokens = request_tokens(memory.model.config, options.max_model_len)
-    own = memory.of_stages(tokens)[mesh.pp_rank]
+    own = memory.of_stages(tokens + 1)[mesh.pp_rank]  # a column more, as for requests (`fitting`)
     if options.kv_cache_memory is not None and own > options.kv_cache_memory:
         raise InputError(
             f"kv_cache_memory={options.kv_cache_memory:,} is too small: rank {mesh.rank} needs {own:,} bytes for the "

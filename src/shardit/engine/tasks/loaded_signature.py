@@ -48,7 +48,7 @@ def _made_by(spec: SessionSpec) -> dict[str, Any]:
         "dtype": spec.dtype,
         "attention_backend": spec.attention_backend,
         "versions": versions(),
-        "parallel": _not_default(spec.config),
+        "ranks": _not_default(spec.config),
         **recorded(spec.options),
     }
     return {name: value for name, value in values.items() if value is not None}

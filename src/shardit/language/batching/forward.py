@@ -51,13 +51,12 @@ class Forward:
             arguments["attention_mask"] = _mask(lengths, columns)
         if "position_ids" in self._takes:
             arguments["position_ids"] = _positions(lengths, columns, ids.shape[1])
-        if "logits_to_keep" in self._takes:
-            arguments["logits_to_keep"] = keep
         model, device = self.model, self.model.device
         arguments = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
         prepared = model.prepare_inputs_for_generation(
             ids.to(device), is_first_iteration=is_first, use_cache=True, **arguments
         )
+        self._keep(prepared, keep)
         return model(**prepared, return_dict=True).logits
 
     def unpadded(self, ids: torch.Tensor, state: dict[str, Any], is_first: bool, keep: int = 1) -> torch.Tensor:
@@ -68,14 +67,18 @@ class Forward:
             state.update({"use_cache": True, "attention_mask": torch.ones_like(ids, device=device)})
             if "position_ids" in self._takes:
                 state["position_ids"] = torch.arange(ids.shape[1], device=device).repeat(len(ids), 1)
-            if "logits_to_keep" in self._takes:
-                state["logits_to_keep"] = keep
         prepared = model.prepare_inputs_for_generation(
             ids.to(device), next_sequence_length=None if is_first else 1, is_first_iteration=is_first, **state
         )
+        self._keep(prepared, keep)
         out = model(**prepared, return_dict=True)
         state.update(model._update_model_kwargs_for_generation(out, dict(state)))
         return out.logits
+
+    def _keep(self, prepared: dict[str, Any], keep: int) -> None:
+        """Set the number of logits last: some families (Falcon-H1, Zamba 2) set that of their configuration."""
+        if "logits_to_keep" in self._takes:
+            prepared["logits_to_keep"] = keep
 
 
 def _mask(lengths: list[int], columns: int) -> torch.Tensor:

@@ -228,3 +228,10 @@ def test_a_prompt_that_a_jpeg_has_no_room_for(tmp_path):
     flags = GenerateFlags(from_file=path, prompt="z").completed()
     assert (flags.model, flags.prompt, flags.seed, flags.width) == ("tiny/flux", "z", 3, 64)
     assert flags.negative_prompt == "y" * 100
+
+
+def test_an_argument_of_the_name_parallel(tmp_path):
+    path = saved(tmp_path / "x.png", parallel=2)
+    assert "parallel=2" in GenerateFlags(from_file=path).completed().extra
+    path = saved(tmp_path / "y.png", parallel={"pipeline_parallel_size": 2}, ranks={"pipeline_parallel_size": 2})
+    assert not any("parallel" in one or "ranks" in one for one in GenerateFlags(from_file=path).completed().extra)

@@ -14,12 +14,13 @@ from PIL import Image
 
 from shardit.diffusion.output.output import Output
 from shardit.diffusion.request.build import build_requests, params_of
+from shardit.diffusion.request.model_info import ModelInfo
 from shardit.diffusion.request.pipeline_signature import PipelineSignature, signature_of
 from shardit.errors import InputError
 from shardit.models import tiny
 from shardit.params import MAX_SEED, OmniDiffusionSamplingParams
 from shardit.server.http.schema.errors import ApiError
-from shardit.server.http.submit.resolve import arguments
+from shardit.server.http.submit.resolve import arguments, pipeline_names
 from shardit.server.options import ServeOptions
 from shardit.settings.declare import declared
 
@@ -754,3 +755,75 @@ def test_tuples_and_lists_of_texts_from_json():
     with pytest.raises(ApiError, match="instruction must be a list of texts") as error:
         arguments({"prompt": "a", "instruction": "x"}, takes, options)
     assert error.value.param == "instruction"
+
+
+class AnnotatedPipeline:
+    def __call__(
+        self,
+        prompt: str | None = None,
+        image: object = None,
+        image_guidance_scale: float = 1.5,
+        guess_mode: bool = False,
+        padding_mask_crop: int | None = None,
+        prompt_embeds_scale: float | list[float] = 1.0,
+        bpm: int | None = None,
+        key: str | None = None,
+        words: dict[str, object] | None = None,
+        labels: list[int] | None = None,
+        thresholds: dict = {0: 0.05, 10: 0.5},  # noqa: B006
+        anything: "np.ndarray | int | None" = None,
+        use_mask: bool | None = None,
+        mask_image: object = None,
+        image_embeds: "torch.Tensor | None" = None,
+        audio_sampling_rate: "torch.Tensor | None" = None,
+        ip_adapter_image: object = None,
+        parallel: int = 10,
+    ) -> None: ...
+
+
+ANNOTATED = signature_of(AnnotatedPipeline)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "says"),
+    [
+        ("bpm", ["100", [1], {"a": 1}, True], "a number"),
+        ("image_guidance_scale", [[1, 2], "x"], "a number"),
+        ("key", [3, ["a"], False], "a text"),
+        ("words", ["abc", 5, [1]], "a dict of names"),
+        ("labels", [1, "a", {"a": 1}], "a list"),
+        ("prompt_embeds_scale", [{"a": 1}], "a number"),
+        ("use_mask", [1, [True]], "true or false"),
+        ("image_embeds", [[], [[1, 2], [3, 4]], 5], "a tensor"),
+        ("mask_image", [5, {"a": 1}, [], [1, 2], True], "a picture, the path of one or a list of these"),
+    ],
+)
+def test_values_of_another_form_than_the_annotation(name, wrong, says):
+    for value in wrong:
+        refused(f"^{name}:? must be {says}", "a", Params(extra_args={name: value}), ANNOTATED)
+
+
+def test_values_as_the_annotations_say():
+    right = {
+        "bpm": 100,
+        "key": "C",
+        "words": {"a": 1},
+        "labels": [1, 2],
+        "anything": "x",
+        "use_mask": False,
+        "parallel": 2,
+    }
+    right |= {"parallel": 2, "prompt_embeds_scale": [0.5, 1], "audio_sampling_rate": 8, "image_embeds": torch.ones(1)}
+    assert build("a", Params(extra_args=right), ANNOTATED)[0].kwargs == right
+    (request,) = build("a", Params(extra_args={"thresholds": {"0": 0.9, "x": 1}}), ANNOTATED)
+    assert request.kwargs == {"thresholds": {0: 0.9, "x": 1}}
+    lacking = dataclasses.replace(ANNOTATED, lacks_adapter=True)
+    assert build("a", Params(), lacking)[0].pictures_left_out == ("image", "mask_image")
+
+
+def test_numbers_are_sent_whatever_their_names_are():
+    info = ModelInfo(ANNOTATED, None)
+    sent = {"image_guidance_scale", "guess_mode", "padding_mask_crop", "prompt_embeds_scale", "use_mask", "bpm"}
+    names = set(pipeline_names(info))
+    assert sent <= names
+    assert not names & {"image_embeds", "mask_image", "ip_adapter_image"}

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from shardit import LLM, DiffusionParallelConfig, InputError, UnsupportedError, get_pp_indices
 from shardit.language.cache_size import cache_bytes
+from shardit.language.info import max_positions
 from shardit.language.sharding import blocks_of, cache_of_stages, owners_of
 from tests.language import families
 
@@ -55,7 +56,7 @@ def test_partition_maximizes_cached_tokens(stages: int) -> None:
         assert cached_tokens(model, [0, *other, stages - 1], memory) <= cached_tokens(model, owners, memory)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text", "mamba"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text", "mamba", "falcon_h1", "zaya"])
 def test_bytes_of_a_cache(name: str) -> None:
     config = families.config_of(name)
     model: Any = AutoModelForCausalLM.from_config(config).eval()
@@ -69,6 +70,12 @@ def test_bytes_of_a_cache(name: str) -> None:
     found = cache_bytes(config, count, 4, tokens)
     for one, other in zip(found, expected, strict=True):
         assert abs(one - other) <= one // 8  # a window of 8 holds one token less between calls
+
+
+def test_no_limit_of_positions() -> None:
+    config = LlamaConfig(max_position_embeddings=-1)  # as XLNet has it
+    assert max_positions(config) is None
+    assert max_positions(LlamaConfig(max_position_embeddings=7)) == 7
 
 
 def test_memory_limit_too_small() -> None:

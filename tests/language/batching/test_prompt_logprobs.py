@@ -56,12 +56,12 @@ def check(plain: Any, given: list[Row], found: list[GroupOutput]) -> float:
 
 
 @pytest.mark.parametrize("limits", [{}, {"tokens": 8}, {"tokens": 16, "rows": 2, "groups": 2}, {"memory": 70}])
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "rwkv"])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "rwkv", "falcon_h1", "bamba"])
 def test_equal_to_a_call_of_the_model(name: str, limits: dict[str, Any]) -> None:
     model, given = families.make(name), rows()
     found = outputs(batcher_of(model, **limits), given)
     assert check(families.make(name), given, found) < CLOSE
-    assert sum(output.preemptions for output in found) > 0 or "memory" not in limits or name == "rwkv"
+    assert sum(output.preemptions for output in found) > 0 or "memory" not in limits or name in ("rwkv", "bamba")
     plain = [Row(row.prompt, SamplingParams(temperature=0, max_tokens=6, ignore_eos=True), 0) for row in given]
     expected = [output.rows[0][0] for output in outputs(batcher_of(model, **limits), plain)]
     assert [output.rows[0][0] for output in found] == expected

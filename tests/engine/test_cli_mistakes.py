@@ -123,6 +123,7 @@ def test_a_range_is_named_whole(capsys):
         ([*GENERATE, "--eta", "1"], "an argument of the pipeline that has no flag is given as --extra eta=VALUE"),
         ([*GENERATE, "--steps", "1"], "(did you mean --num-inference-steps?)"),
         (["chat", "--sed", "1"], "--sed (did you mean --seed?)\n"),
+        (["generate", "--seed"], "Option '--seed' requires an argument."),
     ],
 )
 def test_a_flag_of_another_command(arguments, says, capsys):
@@ -241,6 +242,7 @@ def test_a_last_word_of_a_name_goes_before_a_like_name():
     known = ["timesteps", "num_inference_steps", "prompt", "height"]
     assert "'num_inference_steps'" in did_you_mean("steps", known)
     assert "'prompt'" in did_you_mean("promt", known)
+    assert "'max_tokens'" in did_you_mean("max_completion_tokens", ["min_tokens", "max_tokens", "stop"])
     assert did_you_mean("qqq", known) == ""
 
 

@@ -61,7 +61,8 @@ def _usage(error: Any) -> str:
         return f"{text}; the model is given as --model"
     flag = str(getattr(error, "option_name", ""))
     name = flag.lstrip("-").replace("-", "_")
-    return f"No such option: {flag}{_instead(flag, name, error.ctx)}" if name.isidentifier() else text
+    unknown = text.startswith("No such option") and name.isidentifier()
+    return f"No such option: {flag}{_instead(flag, name, error.ctx)}" if unknown else text
 
 
 def _instead(flag: str, name: str, context: Any) -> str:

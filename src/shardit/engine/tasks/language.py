@@ -131,12 +131,13 @@ def check_memory(memory: CacheMemory, spec: SessionSpec, mesh: Mesh, limit: int 
     request of max_model_len tokens, or if that cache is larger than kv_cache_memory."""
     options = spec.language
     tokens = request_tokens(memory.model.config, options.max_model_len)
-    own = memory.of_stages(tokens + 1)[mesh.pp_rank]  # a column more, as for requests (`fitting`)
-    if options.kv_cache_memory is not None and own > options.kv_cache_memory:
+    kept = memory.of_stages(tokens + 1)[mesh.pp_rank]  # with a column more, as `fitting` counts
+    if options.kv_cache_memory is not None and kept > options.kv_cache_memory:
         raise InputError(
-            f"kv_cache_memory={options.kv_cache_memory:,} is too small: rank {mesh.rank} needs {own:,} bytes for the "
+            f"kv_cache_memory={options.kv_cache_memory:,} is too small: rank {mesh.rank} needs {kept:,} bytes for the "
             f"cache of one request of max_model_len={tokens}; raise it, or lower max_model_len"
         )
+    own = memory.of_stages(tokens)[mesh.pp_rank]
     if options.gpu_memory_utilization is None or limit is None:
         return
     weights = sum(p.numel() * p.element_size() for p in memory.model.parameters() if not p.is_meta)

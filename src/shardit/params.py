@@ -154,7 +154,7 @@ class OmniDiffusionSamplingParams:
             of_family = {name: given[name] for name in given if name in _OF_FAMILIES and given[name] is not None}
             for name in extra:
                 if name in field_names() or name in of_family:
-                    raise InputError(f"{name!r} has a field of its own; give it as {name}=..., not in extra_args")
+                    raise InputError(f"extra_args: {name!r} has a field of its own; give it as {name}=... instead")
             # Copied, so that the caller's dict does not change a frozen object later.
             given = {**given, "extra_args": {**extra, **of_family}}
             for item in fields(self):

@@ -118,7 +118,8 @@ class GenerateFlags(
         given = [name for name, value in standard.items() if getattr(self, name) != value]
         flags, extra = flags_of(record, standard, [*given, *self.extra_arguments()])
         added = [f"{name}={json.dumps(value)}" for name, value in extra.items()]
-        return dataclasses.replace(self, **flags, extra=[*(self.extra or ()), *added])
+        chosen = {name: value for name, value in flags.items() if name not in given}
+        return dataclasses.replace(self, **chosen, extra=[*(self.extra or ()), *added])
 
     def check(self, writes: bool = True) -> None:
         """Find, before torch is imported, what is wrong whatever the weights are. Raises `InputError`.

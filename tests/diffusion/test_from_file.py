@@ -235,3 +235,13 @@ def test_an_argument_of_the_name_parallel(tmp_path):
     assert "parallel=2" in GenerateFlags(from_file=path).completed().extra
     path = saved(tmp_path / "y.png", parallel={"pipeline_parallel_size": 2}, ranks={"pipeline_parallel_size": 2})
     assert not any("parallel" in one or "ranks" in one for one in GenerateFlags(from_file=path).completed().extra)
+
+
+def test_flags_override_what_a_record_says_under_other_names(tmp_path):
+    settings = {"single_files": {"*": "a.safetensors"}, "scheduler_args": {"shift": 3.0}}
+    path = saved(tmp_path / "x.png", **settings, scheduler="A")
+    flags = GenerateFlags(from_file=path, model="tiny/flux", scheduler_arg=["shift=5"], scheduler="B").completed()
+    assert (flags.model, flags.scheduler_arg, flags.scheduler) == ("tiny/flux", ["shift=5"], "B")
+    flags = GenerateFlags(from_file=path).completed()
+    assert (flags.model, flags.config) == ("a.safetensors", "tiny/flux")
+    assert flags.scheduler_arg == ["shift=3.0"]

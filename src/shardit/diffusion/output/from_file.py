@@ -37,7 +37,7 @@ _NOT_HELD = {
 }
 _PROMPT = re.compile(r"(\w+_)?prompt(_\d)?")
 """Names of arguments that are texts, so that none of their values is a placeholder."""
-_FORMS: dict[str, type] = {
+_TYPES: dict[str, type] = {
     "model": str,
     "versions": dict,
     "single_files": dict,
@@ -62,8 +62,8 @@ def read_record(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(record, dict) or record.get("software") != "shardit" or "model" not in record:
         raise InputError(f"{path} does not say of which model it was made; give the settings as flags")
-    record = {name: value for name, value in record.items() if value is not None or name not in _FORMS}
-    edited = [name for name in record if not isinstance(record[name], _FORMS.get(name, object))]
+    record = {name: value for name, value in record.items() if value is not None or name not in _TYPES}
+    edited = [name for name in record if not isinstance(record[name], _TYPES.get(name, object))]
     if edited := [*edited, *(name for name in _OF_NO_RECORD if name in record)]:
         raise InputError(f"{path}: its record was edited ({', '.join(edited)}); give the settings as flags")
     return record
@@ -132,7 +132,7 @@ def _not_held(value: Any) -> str:
 
 def differences(record: Mapping[str, Any], versions: Mapping[str, str]) -> list[str]:
     """List the packages whose versions differ from those in the record: the pixels may differ."""
-    before = record.get("versions") or {}
+    before = record.get("versions", {})
     return [
         f"the file was made with {name} {before[name]}, here is {versions.get(name, 'none')}: pixels may differ"
         for name in before

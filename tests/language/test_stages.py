@@ -32,7 +32,7 @@ from shardit.core.stages.runtime import Runtime
 from shardit.language.sharding import lay_out_decoder, owners_of, shard_decoder
 from tests.language import families
 from tests.language.batched import run_interleaved
-from tests.language.cases import CASES, compare, errors_of
+from tests.language.cases import CASES, Case, compare, errors_of
 from tests.language.folders import tokenizer
 from tests.support.ranks import run_ranks
 
@@ -396,3 +396,13 @@ def cross_window(rank: int, count: int, method: str) -> list[bool]:
 
 def test_shared_keys_beyond_a_window() -> None:
     assert run_ranks(2, cross_window) == [[True] * 4] * 2
+
+
+def compare_lengths_of_chunks(rank: int, count: int, method: str) -> list[str]:
+    """xLSTM returns states with gaps in memory where the length is a multiple of its chunk of 8 tokens."""
+    runtime, cases = started(rank, count, method), [Case("no cache", {"use_cache": False}, length=n) for n in (16, 21)]
+    return [compare(families.make("xlstm"), make_sharded("xlstm", runtime), case) for case in cases]
+
+
+def test_results_with_gaps_in_memory() -> None:
+    assert run_ranks(2, compare_lengths_of_chunks) == [["right", "right"]] * 2

@@ -95,10 +95,7 @@ def _leaf(name: str, value: Any, arguments: Sequence[Any]) -> Leaf:
             if argument is value:
                 return Leaf(arg=number)
     if isinstance(value, torch.Tensor):
-        order = _order(value)
-        if not _dense(value, order):
-            raise UnsupportedError(f"{name} returns a tensor with gaps: {tuple(value.shape)}, {value.stride()}")
-        return Leaf(tuple(_candidates(length, arguments) for length in value.shape), value.dtype, order)
+        return Leaf(tuple(_candidates(length, arguments) for length in value.shape), value.dtype, _order(value))
     if isinstance(value, PLAIN) and not isinstance(value, float):
         return Leaf(value=value)
     raise UnsupportedError(f"{name} returns a {type(value).__name__}, which other ranks cannot know")
@@ -111,6 +108,19 @@ def _candidates(length: int, arguments: Sequence[Any]) -> frozenset[Dim]:
             if isinstance(argument, torch.Tensor):
                 found.update((number, dim) for dim, other in enumerate(argument.shape) if other == length)
     return frozenset(found)
+
+
+def without_gaps(out: Any, arguments: Sequence[Any]) -> Any:
+    """Return a block's result with dense copies of tensors that have gaps in memory, as slices do; other ranks know
+    only the order of the dims. Arguments that it hands back stay as they are."""
+    handed_back = {id(argument) for argument in arguments}
+    leaves, spec = tree_flatten(out)
+    for number, leaf in enumerate(leaves):
+        if isinstance(leaf, torch.Tensor) and id(leaf) not in handed_back and not _dense(leaf, order := _order(leaf)):
+            size = tuple(leaf.shape)
+            dense = torch.empty_strided(size, strides(size, order), dtype=leaf.dtype, device=leaf.device)
+            leaves[number] = dense.copy_(leaf)
+    return tree_unflatten(leaves, spec)
 
 
 def narrowed(known: Returned, found: Returned) -> Returned:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from shardit.core.comm.barrier import sendable
 from shardit.core.decoder.given import Given, of_kind
 from shardit.core.decoder.link import Link
-from shardit.core.decoder.shapes import Returned, Sizes, describe, fits, narrowed, strides
+from shardit.core.decoder.shapes import Returned, Sizes, describe, fits, narrowed, strides, without_gaps
 from shardit.core.decoder.stage_tensor import Memory, StageTensor, bring, look_of, stage_tensor
 from shardit.core.modules.patching import subclass_in_place
 from shardit.core.runtime.versions import changed, mark
@@ -170,8 +170,11 @@ class DecoderStages:
         self.ran[index] += 1
         writes = tuple(q for q, marked in zip(given.tensors, before, strict=True) if changed(plain[q], marked))
         if first:
+            out = without_gaps(out, plain)
             self._teach(key, known, out, plain, given, writes, cached)
-        elif not fits(out, writes, known, expected):
+        elif not fits(out, writes, known, expected) and not fits(
+            out := without_gaps(out, plain), writes, known, expected
+        ):
             raise RankError(link.rank, f"{self.blocks[index][0]} returns something else than in earlier calls")
         for q in writes:
             link.comm.broadcast(plain[q], link.rank)

@@ -164,6 +164,23 @@ def test_no_rank_reads_the_layers_of_another() -> None:
         assert held <= read <= 1.02 * held
 
 
+def tied_parameters(rank: int, count: int, method: str) -> None:
+    """The embedding of T5 is tied to another name: each is listed once, on ranks that do not have it, too."""
+    config = join(rank, count, method)
+    plain, pipe = brought.pipeline("flux").text_encoder_2, brought.pipeline("flux")
+    assert plain.shared.weight is plain.encoder.embed_tokens.weight
+    encoder = shardit.parallelize(pipe, config, timeout_s=60).text_encoder_2
+    assert hasattr(encoder, "shardit_layerwise")
+    with torch.no_grad():
+        expected = [(name, float(parameter.norm())) for name, parameter in plain.named_parameters()]
+        assert [(name, float(parameter.norm())) for name, parameter in encoder.named_parameters()] == expected
+
+
+def test_tied_parameters_stay_tied() -> None:
+    tiny.resolve("flux")
+    run_ranks(2, tied_parameters)
+
+
 def broken(rank: int, count: int, method: str) -> None:
     config = join(rank, count, method)
     plain = brought.pipeline("wan2.2-t2v").text_encoder

@@ -123,6 +123,9 @@ def over_stages(rank: int, count: int, method: str) -> dict[str, Any]:
     said["drawn"] = refusal(lambda: run(pipe))
     type(pipe.scheduler).step = step
     said["last"] = run(pipe)
+    said["encoder alone"] = refusal(lambda: pipe.encode_prompt("a cat" if rank else "a dog", device="cpu"))
+    said["decoder alone"] = refusal(lambda: pipe.vae.decode(torch.full((1, 16, 8, 8), float(rank))))
+    said["other ones alone"] = refusal(lambda: (pipe.vae.encode if rank else pipe.vae.decode)(torch.ones(1, 16, 8, 8)))
 
     said["draws"] = drawing_calls(shardit.parallelize(draws_in_decode(pipeline("flux")), STAGES, timeout_s=60))
     pipe = shardit.parallelize(pipeline("flux"), STAGES, timeout_s=60)
@@ -170,8 +173,12 @@ def test_over_stages() -> None:
             ("drawn", r"drew from torch's global generator \(torch.manual_seed\)"),
             ("transformer", r"transformer is in training mode, and .* call \.eval\(\)"),
             ("alone", "differ in timestep of FluxTransformer2DModel"),
+            ("encoder alone", "differ in input_ids of CLIPTextModel:"),
+            ("decoder alone", "differ in z of AutoencoderKL.decode:"),
         ):
             assert re.search(pattern, said[name]), said[name]
+    assert "differ in z, x of AutoencoderKL.decode" in one.pop("other ones alone")
+    assert "differ in z, x of AutoencoderKL.encode" in other.pop("other ones alone")
     texts = {name for name, value in one.items() if isinstance(value, str)}
     assert {name for name in texts if one[name] != other[name]} == set()
 
@@ -183,7 +190,8 @@ def over_slices(rank: int, count: int, method: str) -> list[Any]:
     seeds = refusal(lambda: run(pipe, seed=rank))
     pipe.text_encoder_2.eval()
     prompts = refusal(lambda: run(pipe, prompt="a cat" if rank else "a dog"))
-    return [encoder, seeds, prompts, _refused_dropout(GUIDANCE), run(pipe)]
+    alone = refusal(lambda: pipe.text_encoder_2(torch.full((1, 4), 3 + rank)))
+    return [encoder, seeds, prompts, alone, _refused_dropout(GUIDANCE), run(pipe)]
 
 
 def test_over_slices_and_guidance_ranks() -> None:
@@ -193,7 +201,8 @@ def test_over_slices_and_guidance_ranks() -> None:
     assert "text_encoder_2 is in training mode" in one[0]
     assert "differ in generator" in one[1]
     assert "differ in prompt" in one[2]
-    assert "transformer is in training mode" in one[3]
+    assert "differ in input_ids of T5EncoderModel: " in one[3]
+    assert "transformer is in training mode" in one[4]
     assert float((one[-1] - expected).norm() / expected.norm()) < 1e-5
 
 

@@ -107,6 +107,7 @@ class Agreement:
 
     def compare(self, name: str, arguments: Mapping[str, Any]) -> None:
         """Compare a call of a model outside a pipeline. Collective; raises InputError on all ranks if values differ."""
+        self.differ = ()
         self._compare(name, digests(arguments), {})
 
     def refuse_draws(self) -> None:

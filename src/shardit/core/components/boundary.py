@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import FunctionType, MethodType
@@ -24,6 +24,7 @@ from shardit.core.modules.absent import listed_by_user
 from shardit.core.modules.compiled import COMPILED
 from shardit.core.modules.hooks import hooks_below
 from shardit.core.modules.patching import SWAPPED, fixed_device_to, subclass_in_place
+from shardit.core.runtime.digests import named
 from shardit.core.runtime.no_gradients import refuse_gradients
 from shardit.core.runtime.pending import PendingTensor, is_read_parameter, materialize
 from shardit.core.runtime.randomness import GENERATORS
@@ -47,13 +48,17 @@ method, and its positional and keyword arguments without pending tensors."""
 Read = Callable[[str, torch.Tensor], torch.Tensor]
 """Returns the tensor that code outside gets for a parameter or a buffer, by its name in the component."""
 
-Turn = Callable[[], AbstractContextManager[bool]]
-"""Encloses a call in which all ranks take part; gives whether a user's own program makes it, not a pipeline."""
+Compare = Callable[[str, Mapping[str, Any]], None]
+"""Compares the arguments of a call between the ranks. Collective; raises InputError on all ranks if they differ."""
+
+Turn = Callable[[], AbstractContextManager[Compare | None]]
+"""Encloses a call in which all ranks take part; gives a `Compare` if a user's own program makes it, and None in a
+pipeline's call, whose arguments have been compared."""
 
 
-def unbound() -> AbstractContextManager[bool]:
+def unbound() -> AbstractContextManager[None]:
     """The `Turn` of a component that is used by pipelines only."""
-    return nullcontext(False)
+    return nullcontext()
 
 
 @dataclass(eq=False)
@@ -61,7 +66,8 @@ class Boundary:
     """One component with its interceptors.
 
     on_all: `run` runs a method on every rank, so hooks are called there. turn: see `Turn`; of a call by a user's own
-    program only some ranks may use the result (to save it, say), so it is sent immediately.
+    program the arguments are compared, and as only some ranks may use the result (to save it, say), it is sent
+    immediately.
     inside: one of its methods is running, and interceptors call through. reached: the parts with an interceptor, by
     name. libraries: prefixes of Python modules whose code is given the component's own tensors when it lists
     them; None: all code is.
@@ -144,12 +150,14 @@ class Boundary:
         if not self.on_all and _calls_outside_code(module, name, args, kwargs):
             return function(*args, **kwargs)
         refuse_gradients(self._plain[0][0], args, kwargs)
-        with self.turn() as by_user:
+        with self.turn() as compare:
             for tensor in list(_pending((args, kwargs))):
                 materialize(tensor)
+            if compare is not None:
+                compare(*_described(module, name, function, args, kwargs))
             with self.original_classes():
                 out = self.run(path, name, function, args, kwargs)
-            if by_user:
+            if compare is not None:
                 for tensor in list(_pending(out)):
                     materialize(tensor)
         return out
@@ -298,6 +306,15 @@ def has_data(args: Any, kwargs: Any) -> bool:
     """Return whether arguments hold data to compute with: tensors, arrays, images, random generators."""
     kinds = (torch.Tensor, numpy.ndarray, *GENERATORS)
     return any(isinstance(v, kinds) or type(v).__module__.startswith("PIL.") for v in tree_leaves((args, kwargs)))
+
+
+def _described(
+    module: nn.Module, name: str, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """Return the name of a method for errors, and its arguments by name."""
+    if name == "__call__":
+        return type(module).__name__, named(type(module).forward, args, kwargs)
+    return f"{type(module).__name__}.{name}", named(getattr(function, "__func__", None), args, kwargs)
 
 
 def _replaces_method(cls: type, name: str, value: Any) -> bool:

@@ -157,12 +157,13 @@ def cut_layerwise(
     states with hooks on the layers, which must also see the outputs of layers of other ranks.
     """
     made = LayerwiseEncoder(model, comm, [(name, model.get_submodule(name)) for name in units], list(owners))
+    absent: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # by id; tied ones stay tied
     for index, (_, unit) in enumerate(made.units):
         if made.owners[index] != comm.rank:
             for path, parameter in list(unit.named_parameters(remove_duplicate=False)):
                 if not parameter.is_meta and id(parameter) not in shared:
-                    meta = torch.empty_like(parameter, device="meta")
-                    set_tensor(unit, path, nn.Parameter(meta, parameter.requires_grad))
+                    meta = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+                    set_tensor(unit, path, absent.setdefault(id(parameter), (parameter, meta))[1])
         subclass_in_place(unit, {"forward": _intercepted(made, index, type(unit).forward)})
     device = comm.group.device
     for module in model.modules():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import functools
 import hashlib
@@ -30,13 +31,17 @@ embeddings of a prompt, differs nearly everywhere if at all, and reading it all 
 PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.Size, range, slice, enum.Enum, Path)
 
 
-def named(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a method call by name (without `self`); by number if the method does not take them."""
-    try:
-        signature = _signature(function)
-        found = dict(signature.bind_partial(None, *args, **kwargs).arguments)
-    except (TypeError, ValueError):
-        return {**{str(number): value for number, value in enumerate(args)}, **kwargs}
+def named(function: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a method call by name (without `self`); by number if the method does not take them, or
+    is not known."""
+    if function is not None:
+        with contextlib.suppress(TypeError, ValueError):
+            return _by_name(_signature(function), args, kwargs)
+    return {**{str(number): value for number, value in enumerate(args)}, **kwargs}
+
+
+def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    found = dict(signature.bind_partial(None, *args, **kwargs).arguments)
     found.pop(next(iter(signature.parameters)), None)
     for name, parameter in signature.parameters.items():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:

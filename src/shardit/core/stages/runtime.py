@@ -69,17 +69,17 @@ class Runtime:
                 yield
 
     @contextmanager
-    def turn(self) -> Iterator[bool]:
-        """Enclose a call in which other ranks take part, of a pipeline or of a part; gives whether no pipeline is being
-        called. Raises InputError if another thread makes such a call: ranks would meet their messages in other
-        orders."""
+    def turn(self) -> Iterator[Callable[[str, Mapping[str, Any]], None] | None]:
+        """Enclose a call in which other ranks take part, of a pipeline or of a part; gives `Agreement.compare` if no
+        pipeline is being called, else None. Raises InputError if another thread makes such a call: ranks would meet
+        their messages in other orders."""
         if not self._thread.acquire(blocking=False):
             raise InputError(
                 "another thread makes a call over the same ranks: make them one after the other, or let Omni or LLM "
                 "run several requests at once"
             )
         try:
-            yield not self.in_pipeline
+            yield None if self.in_pipeline else self.agreement.compare
         finally:
             self._thread.release()
 

@@ -56,7 +56,7 @@ ADAPTERS = ("my-adapter", "another-adapter")
 """Adapters of language models that pages use."""
 
 STARTS = (
-    "engine.start.LocalRanks",
+    "engine.start.StartedRanks",
     "engine.rank.worker.open_session",
     "server.entry.serve.serve",
     "server.entry.torchrun_agent.Agent",

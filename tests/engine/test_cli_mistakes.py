@@ -23,7 +23,7 @@ NOT_UTF8 = "must be valid text in UTF-8"
 @pytest.fixture(autouse=True)
 def no_ranks(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("shardit.engine.start.LocalRanks", lambda *_: pytest.fail("ranks were made"))
+    monkeypatch.setattr("shardit.engine.start.StartedRanks", lambda *_: pytest.fail("ranks were made"))
 
 
 def refused(capsys, *arguments):

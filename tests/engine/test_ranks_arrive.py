@@ -14,16 +14,17 @@ from typing import Any
 
 import pytest
 
+from shardit import LLM
 from shardit.engine.nodes.handshake import GREETING, NONCE, Join, Reach, connect
 from shardit.engine.nodes.node_facts import facts, fingerprint
 from shardit.engine.nodes.rank_port import Arrival, RankPort, check_alike, join_all, listen_for_ranks
+from shardit.engine.nodes.ray_placement import RayPlacement
 from shardit.engine.process.channel import Closed
 from shardit.engine.process.messages import SessionSpec
 from shardit.errors import InputError, RankError
 from shardit.server.entry.torchrun_agent import serve_as_rank
 from shardit.server.flags import ServeFlags
 from shardit.server.options import Executor
-from shardit.server.placement.ray import RayPlacement
 from shardit.server.placement.torchrun_env import LOOPBACK, RankEnv, hosts_of
 
 PLACES = [(rank, "rank") for rank in range(2)]
@@ -201,5 +202,7 @@ def test_torchrun_with_another_number_of_ranks(monkeypatch):
 
 def test_ray_is_named_where_it_is_missing(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r'pip install "shardit\[ray\]"'):
-        RayPlacement(ServeFlags(model="tiny/flux", executor=Executor.ray).options())
+    with pytest.raises(InputError, match=r'^--executor ray needs Ray: pip install "shardit\[ray\]"$'):
+        RayPlacement(1, "--executor ray")
+    with pytest.raises(InputError, match=r'^distributed_executor_backend="ray" needs Ray: pip install'):
+        LLM("tiny/llama", distributed_executor_backend="ray")

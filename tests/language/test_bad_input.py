@@ -99,7 +99,13 @@ def test_arguments(llm: LLM) -> None:
         ({"max_model_len": 0}, "max_model_len must be"),
         ({"gpu_memory_utilization": 2}, "gpu_memory_utilization must be at most 1"),
         ({"timeout_s": 0}, "timeout_s must be"),
-        ({"distributed_executor_backend": "ray"}, "distributed_executor_backend='ray': LLM starts processes"),
+        ({"distributed_executor_backend": "spark"}, "distributed_executor_backend must be \"mp\" .*, got 'spark'"),
+        ({"num_nodes": 0}, "num_nodes must be a whole number of at least 1, got 0"),
+        ({"num_nodes": 2}, 'num_nodes needs distributed_executor_backend="ray"'),
+        (
+            {"num_nodes": 2, "pipeline_parallel_size": 3, "distributed_executor_backend": "ray"},
+            "num_nodes=2: 3 ranks cannot be distributed evenly",
+        ),
     ],
 )
 def test_values_are_checked_by_engine_args_as_by_llm(arguments: dict[str, Any], says: str) -> None:

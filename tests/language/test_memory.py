@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
-from shardit import LLM, DiffusionParallelConfig, InputError, UnsupportedError, get_pp_indices
+from shardit import LLM, DiffusionParallelConfig, InputError, get_pp_indices
 from shardit.language.cache_size import cache_bytes
 from shardit.language.info import max_positions
 from shardit.language.sharding import blocks_of, cache_of_stages, owners_of
@@ -83,8 +83,6 @@ def test_memory_limit_too_small() -> None:
         InputError, match=r"rank \d needs [\d,]+ bytes for weights and [\d,]+ for the cache of one request"
     ):
         LLM("tiny/llama", device="cpu", gpu_memory_utilization=1e-6, max_model_len=100)
-    with pytest.raises(UnsupportedError, match="distributed_executor_backend='ray': LLM starts processes"):
-        LLM("tiny/llama", distributed_executor_backend="ray")
     with pytest.raises(InputError, match="gpu_memory_utilization must be at most 1"):
         LLM("tiny/llama", gpu_memory_utilization=2)
 

@@ -48,7 +48,7 @@ class Played:
         self.ends = [Channel(theirs) for _, theirs in pairs]
         return [Channel(ours) for ours, _ in pairs]
 
-    def kill(self) -> None:
+    def kill(self, grace_s: float = 0.0) -> None:
         pass
 
     def stop(self, code: int = 0) -> None:

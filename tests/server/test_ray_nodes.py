@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
+from shardit import LLM, EngineArgs, SamplingParams
+from shardit.engine.nodes.ray_connection import RayConnection
 from shardit.errors import InputError
-from shardit.server.placement.ray_connection import RayConnection
-from tests.support.nodes import Servers, equal, expected, expected_text
+from tests.support.nodes import TEXT_PROMPT, Servers, equal, expected, expected_text
 from tests.support.paths import ROOT
 
 
@@ -81,6 +82,38 @@ def test_texts_of_two_nodes_of_ray(servers, cluster):
     assert len(ray_ranks()) == 2
     server.terminate()
     assert server.wait(20) == 0
+
+
+@needs_ray
+def test_llm_over_two_nodes_of_ray(cluster, monkeypatch):
+    """`LLM` has the tokens of plain transformers. A second one has the same connection to Ray, and leaves it open for
+    the first."""
+    import ray
+
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    args = EngineArgs("tiny/llama", pipeline_parallel_size=2, distributed_executor_backend="ray", num_nodes=2)
+    with LLM(**args.as_kwargs()) as llm:
+        assert len(ray_ranks()) == 2
+        other = RayConnection()
+        other.open()
+        other.close()
+        made = llm.generate([TEXT_PROMPT], SamplingParams(max_tokens=12, temperature=0))
+        assert made[0].outputs[0].text == expected_text()
+    assert not ray.is_initialized()
+
+
+@needs_ray
+def test_a_connection_of_the_program_stays(cluster):
+    import ray
+
+    ray.init(address=cluster.address, logging_level="ERROR")
+    try:
+        connection = RayConnection()
+        connection.open()
+        connection.close()
+        assert ray.is_initialized()
+    finally:
+        ray.shutdown()
 
 
 @needs_ray

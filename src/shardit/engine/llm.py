@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from shardit.config import DiffusionParallelConfig, config_of
 from shardit.engine.arguments import checked_arguments
 from shardit.engine.engine_args import EngineArgs, check_launch
+from shardit.engine.nodes.ray_placement import RayPlacement
 from shardit.engine.process.failure import Timeouts
 from shardit.engine.process.messages import SESSION
 from shardit.engine.process.process import started_by_torchrun
@@ -49,6 +50,7 @@ from shardit.settings.model_options import model_options
 if TYPE_CHECKING:
     from shardit.language.info import LanguageInfo
 
+RAY_OPTION = 'distributed_executor_backend="ray"'
 TASK = "shardit.engine.tasks.language"
 
 
@@ -71,9 +73,10 @@ class LLM:
     maximum bytes of keys and values on a rank, also as "2GiB", None for half of its free memory; where it is full, the
     youngest text gives up its cache and computes it again later. seed: text i of a call, if its prompt has no seed, has
     this one + i; None draws one for each. gpu_memory_utilization: if given, the share of a rank's memory into which its
-    weights and the cache of one request of max_model_len tokens must fit. distributed_executor_backend: "mp" or None,
-    as ranks are processes of this machine. lora: adapters of peft that are merged into the weights, each a folder or
-    hub id (with ":SCALE" at its end, if need be), (path, scale), or a list of these. device, timeout_s: as for `Omni`.
+    weights and the cache of one request of max_model_len tokens must fit. distributed_executor_backend: "mp" or None
+    for processes of this machine, "ray" for actors of Ray (pip install "shardit[ray]") on num_nodes machines, each with
+    an equal share of the ranks. lora: adapters of peft that are merged into the weights, each a folder or hub id (with
+    ":SCALE" at its end, if need be), (path, scale), or a list of these. device, timeout_s: as for `Omni`.
 
     Returns when every rank has loaded its layers. Raises InputError for what can be corrected and RankError where a
     rank fails.
@@ -96,18 +99,20 @@ class LLM:
         seed: int | None = None,
         gpu_memory_utilization: float | None = None,
         distributed_executor_backend: str | None = None,
+        num_nodes: int = 1,
         lora: Any = None,
         timeout_s: float = 600,
         **parallel: Any,
     ):
         self._closed = False
         _check_model(model)
-        check_launch(seed, timeout_s, distributed_executor_backend)
         options = LanguageOptions(
             max_model_len, max_num_seqs, max_num_batched_tokens, kv_cache_memory, gpu_memory_utilization
         )
         config = config_of(parallel_config, parallel, "LLM", ["parallel_config", *EngineArgs.names()], listed=False)
+        check_launch(config, seed, timeout_s, distributed_executor_backend, num_nodes)
         check_installed(FRAMEWORKS)
+        placement = RayPlacement(num_nodes, RAY_OPTION) if distributed_executor_backend == "ray" else None
         source = decoder_source(model)
         adapters = model_options(lora=lora)
         check_decoder(source, config, max_model_len, adapters.lora)
@@ -120,7 +125,7 @@ class LLM:
         read = functools.partial(adapted_tokenizer, source, adapters.lora)
         # The ranks start at the same time; those of torchrun are this process.
         reading = read() if started_by_torchrun(os.environ) else in_background(read)
-        self._ranks, self._end_ranks = start_ranks(self, spec, self._timeouts)
+        self._ranks, self._end_ranks = start_ranks(self, spec, self._timeouts, placement)
         try:
             self._tokenizer = reading.result() if isinstance(reading, Future) else reading
             limit = self._info.max_model_len

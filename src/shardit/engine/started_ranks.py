@@ -1,4 +1,4 @@
-"""The ranks of an `Omni` on this machine: begins all requests of a call, and waits until they have finished."""
+"""The ranks that an `Omni` or an `LLM` starts: begins all requests of a call, and waits until they have finished."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from shardit.engine.process.messages import (
     RequestFinished,
     SessionSpec,
 )
-from shardit.engine.process.placement import LocalPlacement
+from shardit.engine.process.placement import LocalPlacement, Placement
 from shardit.engine.process.rank_group import RankGroup
 from shardit.engine.tasks.task import OnProgress
 from shardit.errors import InputError
@@ -39,17 +39,17 @@ CLOSE_GRACE_S = 1.0
 LOOK_EVERY_S = 0.1
 
 
-class LocalRanks:
-    """Rank processes on this machine. They are stopped when one of them fails, and started again when needed.
+class StartedRanks:
+    """Rank processes. They are stopped when one of them fails, and started again when needed.
 
     All decisions are made in the thread that calls `start` or `generate`.
     """
 
-    def __init__(self, spec: SessionSpec, timeouts: Timeouts):
+    def __init__(self, spec: SessionSpec, timeouts: Timeouts, placement: Placement | None = None):
         self.spec = spec
         self.info: ModelInfo | None = None
         self.owner = os.getpid()
-        self.placement = LocalPlacement(spec.timeout_s)
+        self.placement = placement or LocalPlacement(spec.timeout_s)
         self._lock = threading.RLock()
         self._loop = Loop(self._look, LOOK_EVERY_S)
         self._group = RankGroup(

@@ -1,4 +1,4 @@
-"""The connection of the supervisor to Ray: to a running cluster, or to one that is started for it alone."""
+"""The connection of a supervisor to Ray: to a running cluster, or to one that is started for it alone."""
 
 from __future__ import annotations
 
@@ -18,42 +18,65 @@ ANSWER_S = 10.0
 class RayConnection:
     """Connects to the cluster of RAY_ADDRESS or a cluster running on this machine, else starts one on this machine.
 
+    A process has one connection to Ray, which all objects of this class share; the last one to close leaves the
+    cluster, unless the program itself had connected before.
+
     Ray asks the kernel to end the processes of a cluster that it starts together with the *thread* that has started
-    them. So that thread waits here until `close`, regardless of the thread that opened the connection.
+    them. So that thread waits here until the last `close`, regardless of the thread that opened the connection.
     """
+
+    _lock = threading.Lock()
+    _users = 0
+    _over: threading.Event | None = None
+    """Ends the thread that has connected; None if the program itself has."""
 
     def __init__(self) -> None:
         self.is_open = False
-        self._over = threading.Event()
 
     def open(self) -> Any:
         """Return the module `ray`, connected. Raises InputError if there is no usable cluster."""
         _set_up()
         import ray
 
-        if not ray.is_initialized():
-            connected: Future[None] = Future()
-            threading.Thread(target=self._stay, args=(connected,), daemon=True).start()
-            connected.result()
-        self.is_open = True
+        shared = RayConnection
+        with shared._lock:
+            if not ray.is_initialized():
+                connected: Future[None] = Future()
+                over = threading.Event()
+                threading.Thread(target=_stay, args=(connected, over), daemon=True).start()
+                connected.result()
+                shared._over = over
+            if not self.is_open:
+                self.is_open = True
+                shared._users += 1
         return ray
 
     def close(self) -> None:
         """Leave the cluster; one that was started here ends."""
-        if self.is_open:
+        shared = RayConnection
+        with shared._lock:
+            if not self.is_open:
+                return
+            self.is_open = False
+            shared._users -= 1
+            if shared._users or shared._over is None:
+                return
             import ray
 
             ray.shutdown()
-        self._over.set()
+            shared._over.set()
+            shared._over = None
 
-    def _stay(self, connected: Future[None]) -> None:
-        try:
-            _connect()
-        except BaseException as error:  # it is for the thread that waits
-            connected.set_exception(error)
-        else:
-            connected.set_result(None)
-            self._over.wait()
+
+def _stay(connected: Future[None], over: threading.Event) -> None:
+    """Connect, and wait until the connection is closed."""
+    try:
+        _connect()
+    except BaseException as error:  # it is for the thread that waits
+        connected.set_exception(error)
+    else:
+        connected.set_result(None)
+        over.wait()
 
 
 def one_line(error: BaseException) -> str:

@@ -13,13 +13,12 @@ from typing import Any
 from shardit.engine.nodes.handshake import Reach
 from shardit.engine.nodes.node_facts import settings
 from shardit.engine.nodes.rank_port import RankPort, join_all, listen_for_ranks
+from shardit.engine.nodes.ray_connection import RayConnection, one_line
 from shardit.engine.nodes.ray_rank import RayRank
 from shardit.engine.process.channel import Channel
 from shardit.engine.process.messages import SessionSpec
 from shardit.engine.process.placement import Report
 from shardit.errors import InputError, RankError
-from shardit.server.options import ServeOptions
-from shardit.server.placement.ray_connection import RayConnection, one_line
 
 RESOURCES_S = 60.0
 """Default of SHARDIT_RAY_WAIT: longest wait for Ray to give the CPUs and GPUs, in seconds."""
@@ -29,12 +28,16 @@ SHUTDOWN_S = 3.0
 
 
 class RayPlacement:
-    """See `Placement`. Each start has new actors: those of the previous start may hang."""
+    """See `Placement`. Each start has new actors: those of the previous start may hang.
 
-    def __init__(self, options: ServeOptions):
+    num_nodes: number of machines, each with an equal share of the ranks. option: what the user gave to have Ray, for
+    the error where it is not installed.
+    """
+
+    def __init__(self, num_nodes: int, option: str):
         if importlib.util.find_spec("ray") is None:
-            raise InputError('--executor ray needs Ray: pip install "shardit[ray]"')
-        self._nodes = options.num_nodes
+            raise InputError(f'{option} needs Ray: pip install "shardit[ray]"')
+        self._nodes = num_nodes
         self._wait_s = _resources_wait()
         self._connection = RayConnection()
         self._stopped = False
@@ -52,8 +55,8 @@ class RayPlacement:
         except Exception as error:
             raise RankError(-1, f"Ray: {one_line(error)}") from error
 
-    def kill(self) -> None:
-        """See `Placement`."""
+    def kill(self, grace_s: float = 0.0) -> None:
+        """See `Placement`. Actors get no time of grace."""
         if self._port is not None:
             self._port.close()
             self._port = None
@@ -97,7 +100,7 @@ class RayPlacement:
         self._group = self._reserve(ray, per_node, gpus)
         self._port = RankPort(listen_for_ranks(_own_address(ray)), [(rank, "rank") for rank in range(size)])
         if self._stopped:
-            raise RankError(-1, "the server stops")
+            raise RankError(-1, "it has been stopped")
         spec = replace(spec, model=_wherever(spec.model))
         self._run_actors(ray, spec.model, size, per_node, gpus)
         arrived = self._port.collect(ARRIVE_S, lambda: self._look(ray))

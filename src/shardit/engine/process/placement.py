@@ -24,8 +24,8 @@ class Placement(Protocol):
         """Start all ranks, after the end of earlier ones; returns a channel to each. Raises InputError, RankError."""
         ...
 
-    def kill(self) -> None:
-        """Stop all ranks."""
+    def kill(self, grace_s: float = 0.0) -> None:
+        """Stop all ranks. grace_s: time for ranks on this machine to exit by themselves, in seconds."""
         ...
 
     def stop(self, code: int = 0) -> None:
@@ -76,7 +76,7 @@ class LocalPlacement:
         self._report(Failure(f"the process that starts ranks {how}"))
 
     def kill(self, grace_s: float = 0.0) -> None:
-        """See `Placement`. grace_s: time for ranks to exit by themselves, in seconds."""
+        """See `Placement`."""
         if self.fork_server is not None and self.fork_server.alive:
             self.fork_server.kill(grace_s)
 

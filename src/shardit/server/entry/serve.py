@@ -52,9 +52,9 @@ def serve(options: ServeOptions, placement: Placement | None = None, patience_s:
 
 def _placement_for(options: ServeOptions) -> Placement:
     if options.executor == "ray":
-        from shardit.server.placement.ray import RayPlacement
+        from shardit.engine.nodes.ray_placement import RayPlacement
 
-        return RayPlacement(options)
+        return RayPlacement(options.num_nodes, "--executor ray")
     from shardit.engine.process.placement import LocalPlacement
 
     return LocalPlacement(options.step_timeout_s)

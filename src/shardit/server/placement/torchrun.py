@@ -64,7 +64,7 @@ class TorchrunPlacement:
         self._control_channels = [arrived[rank, "agent"].channel for rank in range(self._size)]
         return join_all([arrived[rank, "rank"] for rank in range(self._size)], spec)
 
-    def kill(self) -> None:
+    def kill(self, grace_s: float = 0.0) -> None:
         """See `Placement`. This ends the supervisor too: its successor continues with its jobs."""
         if self._started:
             self.leave(RESTART)

@@ -139,6 +139,19 @@ def over_stages(rank: int, count: int, method: str) -> dict[str, Any]:
     given |= {"img_ids": torch.zeros(4, 3), "txt_ids": torch.zeros(3, 3)}
     shardit.parallelize(model, STAGES, timeout_s=60)
     said["alone"] = refusal(lambda: model(**{**given, "timestep": torch.full((1,), float(rank))}))
+    pipe = shardit.parallelize(pipeline("flux"), STAGES, timeout_s=60)
+    with torch.autocast("cpu", torch.bfloat16, enabled=rank == 0):
+        said["autocast"] = refusal(lambda: run(pipe))
+    with torch.inference_mode(rank == 1):
+        said["inference"] = refusal(lambda: run(pipe))
+    plain = pipe.tokenizer_2.pad_token
+    pipe.tokenizer_2.pad_token = "cat" if rank else plain
+    said["tokenizer"] = refusal(lambda: run(pipe))
+    pipe.tokenizer_2.pad_token = plain
+    said["as before"] = run(pipe)
+    if rank:
+        pipe.vae.to(torch.bfloat16)
+    said["number format"] = refusal(lambda: run(pipe))
     return said
 
 
@@ -159,7 +172,7 @@ def test_over_stages() -> None:
     assert not torch.equal(dropout[0], expected)
     one, other = run_ranks(2, over_stages)
     for said in (one, other):
-        for name in ("first", "generator given", "last"):
+        for name in ("first", "generator given", "last", "as before"):
             assert torch.equal(said[name], expected), name
         for name, outs in (("draws", draws), ("callback", callback), ("dropout", dropout)):
             assert all(map(torch.equal, said[name], outs)), name
@@ -175,6 +188,10 @@ def test_over_stages() -> None:
             ("alone", "differ in timestep of FluxTransformer2DModel"),
             ("encoder alone", "differ in input_ids of CLIPTextModel:"),
             ("decoder alone", "differ in z of AutoencoderKL.decode:"),
+            ("autocast", "differ in torch.autocast of FluxPipeline:"),
+            ("inference", "differ in torch.inference_mode of FluxPipeline:"),
+            ("tokenizer", "differ in what FluxPipeline gave to T5EncoderModel: change tokenizers"),
+            ("number format", "differ in number format of vae of FluxPipeline: make the same changes on every rank"),
         ):
             assert re.search(pattern, said[name]), said[name]
     assert "differ in z, x of AutoencoderKL.decode" in one.pop("other ones alone")

@@ -6,7 +6,10 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import zip_longest
+from typing import Any, NamedTuple
+
+import torch
 
 from shardit.core.comm.barrier import sendable
 from shardit.core.comm.p2p import Comm
@@ -25,7 +28,7 @@ DRAWS = (
     "not that of one rank: draw outside of models, or use pipeline_parallel_size=1 and cfg_parallel_size=1"
 )
 
-STATE = ("changes of ", "hooks of ", "adapters of ", "configuration of ")
+STATE = ("changes of ", "hooks of ", "adapters of ", "configuration of ", "number format of ")
 """How the names begin of what is compared besides arguments: the state of the models."""
 
 KINDS = {
@@ -43,6 +46,14 @@ _DRAWING, _FAILED = short_hash(b"drawing"), short_hash(b"failed")
 """Sent by a rank that drew alone, and by one on which a model failed."""
 
 
+class Caller(NamedTuple):
+    """Who makes a call in which all ranks take part. by_user: a user's own program, not a pipeline. compare: compares
+    what ranks give to the function of that name: at once if by_user, else at the end of the pipeline's call."""
+
+    by_user: bool
+    compare: Callable[[str, Mapping[str, Any]], None]
+
+
 @dataclass
 class Agreement:
     """Compares the calls of one program on one rank with those of the other ranks of its replica.
@@ -50,6 +61,7 @@ class Agreement:
     depth: number of nested pipeline calls. marked: whether the first latents of the outermost one have been compared.
     differ: the global generators that are not the same on all ranks. drawing: names of models that drew random numbers
     on this rank only. failure: the first error of a model on this rank only.
+    _given: the functions of components in the outermost pipeline's call, with checksums of their arguments.
     _last: the arguments of the last call of a model in the outermost pipeline's call.
     """
 
@@ -59,6 +71,7 @@ class Agreement:
     differ: tuple[str, ...] = ()
     drawing: set[str] = field(default_factory=set)
     failure: Exception | None = None
+    _given: list[tuple[str, str]] = field(default_factory=list)
     _last: Callable[[], Mapping[str, Any]] | None = None
 
     @contextmanager
@@ -71,9 +84,10 @@ class Agreement:
             return
         device, self.marked, self._last = self.ranks.group.device, False, None
         self.drawing.clear()
+        self._given.clear()
         self.failure = None
         before = states(device, [])
-        self.differ = self._compare(name, digests(arguments()), before)
+        self.differ = self._compare(name, digests({**arguments(), **_modes(device)}), before)
         try:
             with self._deeper():
                 yield
@@ -108,7 +122,16 @@ class Agreement:
     def compare(self, name: str, arguments: Mapping[str, Any]) -> None:
         """Compare a call of a model outside a pipeline. Collective; raises InputError on all ranks if values differ."""
         self.differ = ()
-        self._compare(name, digests(arguments), {})
+        self._compare(name, digests({**arguments, **_modes(self.ranks.group.device)}), {})
+
+    def note(self, name: str, arguments: Mapping[str, Any]) -> None:
+        """Note what this rank gives to the function of a component in a pipeline's call; compared at its end."""
+        if self.depth and self.ranks.size > 1:
+            self._given.append((name, short_hash(*digests(arguments, SUMMED).values()).hex()))
+
+    def caller(self) -> Caller:
+        """Return the caller of a component."""
+        return Caller(True, self.compare) if not self.depth else Caller(False, self.note)
 
     def refuse_draws(self) -> None:
         """At the end of a request: raise UnsupportedError if a model drew on this rank alone. The caller compares it
@@ -157,7 +180,7 @@ class Agreement:
         others were not used. Collective, one message."""
         drawn = moved(before, after)
         mine = [_FAILED if self.failure is not None else _DRAWING if self.drawing else _UNUSED]
-        mine += [self._last_step()]
+        mine += [short_hash(repr(self._given).encode()), self._last_step()]
         mine += [_bytes_of(kind, drawn, after, kind in self.differ) for kind in KINDS]
         gathered = [
             [one[i : i + 8] for i in range(0, len(one), 8)] for one in self.ranks.group.gather_bytes(b"".join(mine))
@@ -168,17 +191,35 @@ class Agreement:
         if any(one[0] != _UNUSED for one in gathered):
             raise UnsupportedError(f"{name} called a model that {DRAWS}")
         if len({one[1] for one in gathered}) > 1:
+            known = self.ranks.group.gather_objects(self._given)
+            differ = next(of_ranks for of_ranks in zip_longest(*known) if len(set(of_ranks)) > 1)
+            names = dict.fromkeys(one[0] for one in differ if one is not None)
+            raise InputError(
+                f"ranks differ in what {name} gave to {' or '.join(names)}: change tokenizers, processors and "
+                f"components alike on every rank, and {SEEDS}"
+            )
+        if len({one[2] for one in gathered}) > 1:
             raise InputError(
                 f"ranks differ in the last step of {name}, though not in the first: a scheduler, a callback or other "
                 "code between the steps computes something else on each rank (from a generator of its own?): make it "
                 f"the same, and {SEEDS}"
             )
-        for number, kind in enumerate(KINDS, start=2):
+        for number, kind in enumerate(KINDS, start=3):
             values = {one[number] for one in gathered}
             if kind in self.differ and values != {_UNUSED}:
                 raise InputError(f"{name} drew from {KINDS[kind]}, which ranks have in different states: {SEEDS}")
             if kind not in self.differ and len(values) > 1:
                 raise UnsupportedError(f"{name} used {KINDS[kind]} in code that {DRAWS}")
+
+
+def _modes(device: torch.device) -> dict[str, Any]:
+    """Return the modes of torch that change what calls compute, by the names of their contexts."""
+    kinds = [kind for kind in {"cpu", device.type} if torch.is_autocast_enabled(kind)]
+    return {
+        "torch.autocast": [(kind, torch.get_autocast_dtype(kind)) for kind in sorted(kinds)],
+        "torch.inference_mode": torch.is_inference_mode_enabled(),
+        "torch.set_default_dtype": torch.get_default_dtype(),
+    }
 
 
 def _bytes_of(kind: str, drawn: States, after: States, differs: bool) -> bytes:

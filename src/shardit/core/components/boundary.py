@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import FunctionType, MethodType
@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from shardit.core.comm.agreement import Caller
 from shardit.core.modules.absent import listed_by_user
 from shardit.core.modules.compiled import COMPILED
 from shardit.core.modules.hooks import hooks_below
@@ -48,16 +49,12 @@ method, and its positional and keyword arguments without pending tensors."""
 Read = Callable[[str, torch.Tensor], torch.Tensor]
 """Returns the tensor that code outside gets for a parameter or a buffer, by its name in the component."""
 
-Compare = Callable[[str, Mapping[str, Any]], None]
-"""Compares the arguments of a call between the ranks. Collective; raises InputError on all ranks if they differ."""
-
-Turn = Callable[[], AbstractContextManager[Compare | None]]
-"""Encloses a call in which all ranks take part; gives a `Compare` if a user's own program makes it, and None in a
-pipeline's call, whose arguments have been compared."""
+Turn = Callable[[], AbstractContextManager[Caller | None]]
+"""Encloses a call in which all ranks take part; gives the caller, None for a request, which the session compares."""
 
 
 def unbound() -> AbstractContextManager[None]:
-    """The `Turn` of a component that is used by pipelines only."""
+    """The `Turn` of a component that is used by requests only."""
     return nullcontext()
 
 
@@ -150,14 +147,14 @@ class Boundary:
         if not self.on_all and _calls_outside_code(module, name, args, kwargs):
             return function(*args, **kwargs)
         refuse_gradients(self._plain[0][0], args, kwargs)
-        with self.turn() as compare:
+        with self.turn() as caller:
             for tensor in list(_pending((args, kwargs))):
                 materialize(tensor)
-            if compare is not None:
-                compare(*_described(module, name, function, args, kwargs))
+            if caller is not None:
+                caller.compare(*_described(module, name, function, args, kwargs))
             with self.original_classes():
                 out = self.run(path, name, function, args, kwargs)
-            if compare is not None:
+            if caller is not None and caller.by_user:
                 for tensor in list(_pending(out)):
                     materialize(tensor)
         return out

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from threading import RLock
 from typing import Any
 
-from shardit.core.comm.agreement import Agreement
+from shardit.core.comm.agreement import Agreement, Caller
 from shardit.core.comm.mesh import Mesh
 from shardit.core.comm.p2p import Comm
 from shardit.core.runtime.program import Flight
@@ -69,17 +69,17 @@ class Runtime:
                 yield
 
     @contextmanager
-    def turn(self) -> Iterator[Callable[[str, Mapping[str, Any]], None] | None]:
-        """Enclose a call in which other ranks take part, of a pipeline or of a part; gives `Agreement.compare` if no
-        pipeline is being called, else None. Raises InputError if another thread makes such a call: ranks would meet
-        their messages in other orders."""
+    def turn(self) -> Iterator[Caller | None]:
+        """Enclose a call in which other ranks take part, of a pipeline or of a part; gives the caller, None for a
+        request. Raises InputError if another thread makes such a call: ranks would meet their messages in other
+        orders."""
         if not self._thread.acquire(blocking=False):
             raise InputError(
                 "another thread makes a call over the same ranks: make them one after the other, or let Omni or LLM "
                 "run several requests at once"
             )
         try:
-            yield None if self.in_pipeline else self.agreement.compare
+            yield None if self.turns.current is not None else self.agreement.caller()
         finally:
             self._thread.release()
 

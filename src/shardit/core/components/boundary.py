@@ -27,7 +27,7 @@ from shardit.core.modules.hooks import hooks_below
 from shardit.core.modules.patching import SWAPPED, fixed_device_to, subclass_in_place
 from shardit.core.runtime.digests import named
 from shardit.core.runtime.no_gradients import refuse_gradients
-from shardit.core.runtime.pending import PendingTensor, is_read_parameter, materialize
+from shardit.core.runtime.pending import PendingTensor, Source, is_read_parameter, materialize
 from shardit.core.runtime.randomness import GENERATORS
 from shardit.errors import UnsupportedError
 
@@ -205,11 +205,12 @@ class Boundary:
         return listed
 
     def _read(self, path: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a listed tensor as it would be read; as it is if ranks hold slices of it, which none can read."""
+        """Return a listed tensor as it would be read. Ranks that hold slices of it cannot read it: any use of its data
+        raises."""
         try:
             return self.read(f"{path}.{name}" if path else name, tensor)
-        except UnsupportedError:
-            return tensor
+        except UnsupportedError as error:
+            return _unreadable(tensor, error)
 
     def _listed_parts(self, plain: Function) -> Function:
         """Return a method that lists parts, which get interceptors if a user asks for them."""
@@ -303,6 +304,18 @@ def has_data(args: Any, kwargs: Any) -> bool:
     """Return whether arguments hold data to compute with: tensors, arrays, images, random generators."""
     kinds = (torch.Tensor, numpy.ndarray, *GENERATORS)
     return any(isinstance(v, kinds) or type(v).__module__.startswith("PIL.") for v in tree_leaves((args, kwargs)))
+
+
+def _unreadable(tensor: torch.Tensor, error: Exception) -> torch.Tensor:
+    """Return a tensor that has the properties of another; any use of its data raises the error."""
+
+    def refuse() -> None:
+        raise error
+
+    with torch._C.DisableTorchFunctionSubclass():
+        out = Source(refuse).wrap(tensor.detach().as_subclass(torch.Tensor))
+    out._is_param = isinstance(tensor, nn.Parameter)  # pyright: ignore[reportAttributeAccessIssue]
+    return out
 
 
 def _described(

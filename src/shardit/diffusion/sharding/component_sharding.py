@@ -100,8 +100,6 @@ class ComponentSharding:
     def _configured_modules(self) -> list[str]:
         """Return the names of modules whose settings are compared: neither those of torch, which act elementwise or are
         known, nor adapters."""
-        if not self.denoises and self.slices is None:
-            return []
         named = self.module.named_modules()
         theirs = "torch.nn.", "torch.ao."
         own = (name for name, part in named if not (hasattr(part, "base_layer") or _home(part).startswith(theirs)))

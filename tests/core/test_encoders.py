@@ -177,7 +177,7 @@ def tied_parameters(rank: int, count: int, method: str) -> None:
 
 
 def test_tied_parameters_stay_tied() -> None:
-    tiny.resolve("flux")
+    tiny.resolve("tiny/flux")
     run_ranks(2, tied_parameters)
 
 

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from shardit.cli import main
+from shardit.config import DiffusionParallelConfig
 from shardit.diffusion.output.from_file import (
     check_fits,
     check_model_is_here,
@@ -20,9 +21,12 @@ from shardit.diffusion.output.from_file import (
 )
 from shardit.diffusion.output.output import Output
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
+from shardit.engine.nodes.revision import revision_of
+from shardit.engine.session_spec import session_spec
+from shardit.engine.tasks.loaded_signature import _made_by
 from shardit.errors import InputError
 from shardit.flags import GenerateFlags
-from shardit.settings.model_options import model_options, recorded
+from shardit.settings.model_options import NO_OPTIONS, model_options, recorded
 
 SETTINGS = {
     "model": "tiny/flux",
@@ -149,6 +153,30 @@ def test_another_revision_is_noted():
     assert other_revision({"revision": "a"}, {"revision": "b"}) == [
         "the file was made with revision a of the model, here is b: pixels may differ"
     ]
+    files = {"a.safetensors": "1", "gone.safetensors": "2"}
+    assert other_revision({"file_revisions": files}, {"file_revisions": files}) == []
+    assert other_revision({"file_revisions": files}, {"file_revisions": {"a.safetensors": "3"}}) == [
+        "a.safetensors has changed since the file was made: pixels may differ"
+    ]
+
+
+def test_files_of_adapters_and_components_are_recorded(tmp_path):
+    """By their content, large ones by pieces of it."""
+    path = tmp_path / "part.safetensors"
+    path.write_bytes(bytes(3 << 20))
+    options = model_options(lora=[str(path), "me/style"], single_files={"transformer": path})
+    spec = session_spec("tiny/flux", DiffusionParallelConfig(), options, "unused")
+    before = _made_by(spec)["file_revisions"]
+    assert list(before) == [str(path)]
+    path.write_bytes(b"x" * (3 << 20))
+    assert _made_by(spec)["file_revisions"] != before
+    assert "file_revisions" not in _made_by(session_spec("tiny/flux", DiffusionParallelConfig(), NO_OPTIONS, "unused"))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights.safetensors").write_bytes(bytes(3 << 20))
+    revision = revision_of(tmp_path / "model")
+    (tmp_path / "model" / "weights.safetensors").write_bytes(b"x" * (3 << 20))
+    assert revision_of(tmp_path / "model") != revision is not None
+    assert flags_of({"file_revisions": before, "prompt": "x"}, ["prompt"]) == ({"prompt": "x"}, {})
 
 
 def test_other_versions_are_noted():

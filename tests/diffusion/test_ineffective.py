@@ -33,6 +33,13 @@ class Guided:
         """As Stable Diffusion."""
 
 
+class TwoScales:
+    components: dict[str, Any] = {}
+
+    def __call__(self, negative_prompt: Any = None, true_cfg_scale: float = 1.0, guidance_scale: float = 3.5) -> None:
+        """As Flux, whose guidance_scale is an input of the transformer."""
+
+
 class Unknown(Guided):
     @property
     def do_classifier_free_guidance(self) -> bool:
@@ -50,6 +57,7 @@ DROPPED = "the negative prompt has no effect without guidance: give a higher {}"
         (Distilled(), {"negative_prompt_embeds": torch.ones(1)}, "true_cfg_scale"),
         (Distilled(), {"negative_prompt": "blurry", "true_cfg_scale": 3.0}, ""),
         (Distilled(), {"negative_prompt": ""}, ""),
+        (TwoScales(), {"negative_prompt": "blurry"}, "true_cfg_scale"),
         (Distilled(), {}, ""),
         (Guided(1.0), {"negative_prompt": "blurry"}, "guidance_scale"),
         (Guided(7.5), {"negative_prompt": "blurry"}, ""),

@@ -205,18 +205,24 @@ BAD_NORMS = [("cfg_normalization", value) for value in (-1, math.nan, math.inf, 
 
 
 class TensorPipeline:
-    def __call__(self, prompt=None, latents: torch.Tensor | None = None, sigmas: list[float] | None = None):
-        """Takes a tensor, and a list of numbers."""
+    def __call__(
+        self,
+        prompt=None,
+        latents: torch.Tensor | None = None,
+        audio: torch.Tensor | None = None,
+        sigmas: list[float] | None = None,
+    ):
+        """Takes tensors, and a list of numbers."""
 
 
-@pytest.mark.parametrize("value", ["x.pt", 1, [1], [[1.0], "x"], {}, True])
+@pytest.mark.parametrize("value", ["x.pt", 1, [1], [[1.0], "x"], {}, True, np.zeros(1), [np.zeros(1)]])
 def test_values_that_are_not_tensors_are_refused(value):
     takes = signature_of(TensorPipeline)
-    assert takes.tensors == ("latents",)
+    assert takes.tensors == ("latents", "audio")
     with pytest.raises(InputError, match="latents must be a tensor, got"):
         build("a", Params(extra_args={"latents": value}), takes=takes)
-    for fine in (None, torch.zeros(1), [torch.zeros(1)], np.zeros(1)):
-        build("a", Params(sigmas=[1.0], extra_args={"latents": fine}), takes=takes)
+    for fine in (None, torch.zeros(1), [torch.zeros(1)]):
+        build("a", Params(sigmas=[1.0], extra_args={"latents": fine, "audio": np.zeros(1)}), takes=takes)
 
 
 class LastPipeline:

@@ -16,9 +16,10 @@ import pytest
 
 from shardit import LLM
 from shardit.engine.nodes.handshake import GREETING, NONCE, Join, Reach, connect
-from shardit.engine.nodes.node_facts import facts, fingerprint
+from shardit.engine.nodes.node_facts import facts
 from shardit.engine.nodes.rank_port import Arrival, RankPort, check_alike, join_all, listen_for_ranks
 from shardit.engine.nodes.ray_placement import RayPlacement
+from shardit.engine.nodes.revision import revision_of
 from shardit.engine.process.channel import Closed
 from shardit.engine.process.messages import SessionSpec
 from shardit.errors import InputError, RankError
@@ -162,11 +163,11 @@ def test_a_model_that_is_on_one_node_only_or_differs(tmp_path):
         (folder / "vae" / "weights").write_bytes(b"w" * 10)
     (near / ".cache").mkdir()
     (near / ".cache" / "x").write_text("left by a download")
-    assert fingerprint(str(near)) == fingerprint(str(far)) is not None
-    assert fingerprint(str(tmp_path / "none")) is fingerprint("tiny/flux") is None
+    assert revision_of(near) == revision_of(far) is not None
+    assert revision_of(tmp_path / "none") is facts(0, "tiny/flux")["model"] is None
     (far / "vae" / "weights").write_bytes(b"v" * 10)
-    ranks = arrivals(model=fingerprint(str(far)))
-    ranks[0].facts["model"] = fingerprint(str(near))
+    ranks = arrivals(model=facts(1, str(far))["model"])
+    ranks[0].facts["model"] = facts(0, str(near))["model"]
     with pytest.raises(InputError, match="has other files for rank 1 on far than for rank 0 on near"):
         check_alike(ranks, "/m")
 

@@ -207,6 +207,9 @@ def test_forms_are_checked_like_json(videos: Served) -> None:
     assert ask(quality="hd")[1]["error"]["param"] == "quality"
     assert ask(mask=("m.png", picture()))[1]["error"]["param"] == "mask"
     assert ask(other=("m.png", picture()))[1]["error"]["code"] == "unknown_field"
+    message = ask(prompt=("m.png", picture()))[1]["error"]["message"]
+    assert "'prompt' is no file field; files are: image, " in message
+    assert "texts and numbers are sent as plain fields" in message
     assert ask(**{"extra_args[attention_kwargs]": "{}"})[0] == 400  # it has a field of its own
 
 

@@ -163,6 +163,8 @@ def test_foreign_host_names_are_refused(images: Served) -> None:
         status, answer, _ = images.call("GET", "/v1/images", headers={"Host": host})
         assert (status, answer["error"]["code"]) == (403, "wrong_host")
         assert f"--cors-origin http://{host.partition(':')[0]}" in answer["error"]["message"]
+    status, answer, _ = images.call("GET", "/v1/images", headers={"Host": ""})
+    assert (status, answer["error"]["message"]) == (403, "the header Host is missing; send it, or use an API key")
     for host in ("localhost:8091", "127.0.0.1", "[::1]:8091"):
         assert images.call("GET", "/v1/images", headers={"Host": host})[0] == 200
 

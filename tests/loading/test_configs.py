@@ -9,6 +9,7 @@ import shutil
 from typing import Any
 
 import pytest
+import torch
 
 import shardit.engine.inspect
 from shardit.cli import main
@@ -17,6 +18,7 @@ from shardit.diffusion.loading.description import describe_configs
 from shardit.diffusion.loading.shipped import FOLDER, HUB_IDS, names, shipped
 from shardit.engine.inspect import inspect_model
 from shardit.errors import InputError
+from shardit.models import tiny
 from tests.support.paths import DOCS
 
 WHOLE = {
@@ -82,6 +84,22 @@ def test_command_line(capsys, tmp_path, monkeypatch):
     assert "model_index.json" in capsys.readouterr().err
     assert main(["inspect"]) == 2
     assert "name one model: " in capsys.readouterr().err
+
+
+def test_bytes_of_files_that_are_loaded_in_another_format(tmp_path):
+    """Without dtype, bytes are those of the files, but diffusers loads in float32."""
+    pipe = tiny.load_plain(tiny.resolve("tiny/flux"))
+    pipe.transformer.to(torch.bfloat16).save_pretrained(tmp_path / "mine" / "transformer")
+    shutil.copytree(tiny.resolve("tiny/flux"), tmp_path / "mine", ignore=lambda *_: ["transformer"], dirs_exist_ok=True)
+    document = inspect_model(tmp_path / "mine", DiffusionParallelConfig())
+    loaded = inspect_model(tmp_path / "mine", DiffusionParallelConfig(), dtype="float32")["bytes"]
+    assert document["bytes"] < loaded
+    assert document["notes"][-1] == (
+        "bytes are those of the files; without dtype (--dtype) weights are loaded in float32: "
+        f"{loaded / 2**20:,.1f} MiB in all"
+    )
+    assert inspect_model("tiny/flux", DiffusionParallelConfig())["notes"] == []
+    assert "bytes are those of bfloat16; " in inspect_model("Qwen-Image", DiffusionParallelConfig())["notes"][-1]
 
 
 def test_a_folder_without_weights(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import struct
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from shardit.diffusion.loading.description import describe
 from shardit.errors import InputError, UnsupportedError
 from shardit.loading.checkpoint import Checkpoint
 from shardit.loading.dtypes import as_dtype, check_components, dtype_of, setting
@@ -18,6 +20,7 @@ from shardit.loading.index import components, pipeline_class
 from shardit.loading.safetensors_file import Header, Reads, read_into, read_tensor
 from shardit.loading.source import resolve
 from shardit.loading.weight_names import choose
+from shardit.models import tiny
 
 ALL_DTYPES = ["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"]
 
@@ -270,6 +273,27 @@ def test_folders_that_are_not_models(tmp_path, monkeypatch):
             resolve(model)
         one_line(error)
     assert resolve(write_index(tmp_path, _class_name="X")) == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "says"),
+    [
+        ("model_index.json", "[" * 100_000, "cannot read {}/model_index.json"),
+        ("model_index.json", '{"_class_name": "FluxPipeline", "vae": "AutoencoderKL"}', "has 'AutoencoderKL' for vae"),
+        ("transformer/config.json", "[]", "config.json in {}/transformer is no JSON object"),
+        ("tokenizer/", "", "{}/tokenizer is empty"),
+    ],
+)
+def test_damaged_folders(tmp_path, path, text, says):
+    folder = shutil.copytree(tiny.resolve("tiny/flux"), tmp_path / "model")
+    if path.endswith("/"):
+        shutil.rmtree(folder / path)
+        (folder / path).mkdir()
+    else:
+        (folder / path).write_text(text)
+    with pytest.raises(InputError, match=re.escape(says.format(folder))) as error:
+        describe(folder)
+    one_line(error)
 
 
 def test_dtypes():

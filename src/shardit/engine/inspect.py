@@ -48,11 +48,22 @@ def inspect_model(
         components = {name: _component(found, assignment, name, member, owned, dtype) for name, owned in owns.items()}
         held = {name: part for name, part in components.items() if part["parameters"]}
         ranks.append({"rank": rank, "coords": coordinates(sizes, rank), "components": held})
-    everything = sum(_component(found, assignment, name, 0, lambda _: True, dtype)["bytes"] for name in found.modules)
+    everything = _bytes_of_all(found, assignment, dtype)
     notes = [line for name, cut in cuts.items() for line in describe_plan(name, found.modules[name], cut)]
     if configs is not None and shipped(os.fspath(model)) is None and dtype is None:
         notes.append("the folder has no weights: bytes are those of bfloat16; dtype (--dtype) says another")
+    elif dtype is None and (loaded := _bytes_of_all(found, assignment, "float32")) != everything:
+        what = "bfloat16" if configs is not None else "the files"
+        notes.append(
+            f"bytes are those of {what}; without dtype (--dtype) weights are loaded in float32: "
+            f"{loaded / 2**20:,.1f} MiB in all"
+        )
     return {"ranks": ranks, "chunks": assignment.chunks, "bytes": everything, "notes": [*assignment.notes, *notes]}
+
+
+def _bytes_of_all(found: Description, assignment: Assignment, dtype: Setting) -> int:
+    """Return the bytes of the whole model."""
+    return sum(_component(found, assignment, name, 0, lambda _: True, dtype)["bytes"] for name in found.modules)
 
 
 def _component(

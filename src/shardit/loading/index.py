@@ -45,7 +45,7 @@ def read_index(folder: str | os.PathLike) -> dict[str, Any]:
     except FileNotFoundError as error:
         refuse_adapter(folder)
         raise InputError(f"{folder} is not a diffusers folder (no {INDEX}): give the folder that holds it") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot read {path}: download or copy it again") from error
     if not isinstance(table, dict) or "_class_name" not in table:
         raise InputError(f"{path} names no pipeline class (_class_name): download or copy it again")
@@ -80,7 +80,7 @@ def read_config(part: Component) -> dict[str, Any] | None:
     """Return the config.json of a component; None if it is missing or unreadable, an error that loading reports."""
     try:
         found = json.loads((part.folder / "config.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 
@@ -90,9 +90,13 @@ def components(folder: str | os.PathLike) -> dict[str, Component]:
     folder = Path(folder)
     found = {}
     for name, value in read_index(folder).items():
-        if name.startswith("_") or not _names_a_class(value):
+        if name.startswith("_"):
             continue
         own = folder / name
+        if not _names_a_class(value):
+            if own.is_dir():
+                raise InputError(f"{folder / INDEX} has {value!r} for {name}, no class: download or copy it again")
+            continue
         found[name] = Component(name, value[0], value[1], own if own.is_dir() else folder, absent=value[0] is None)
     return found
 
@@ -134,6 +138,8 @@ def check_complete(
     for name, part in parts.items():
         if part.folder == folder and not loose:
             raise InputError(f"{folder / name} is missing: download or copy the model again")
+        if part.folder != folder and not any(part.folder.iterdir()):
+            raise InputError(f"{part.folder} is empty: download or copy the model again")
 
 
 _LOOSE_FILES = ("config.json", "tokenizer_config.json", "scheduler_config.json", "preprocessor_config.json")
@@ -150,14 +156,15 @@ def pipeline_class(folder: str | os.PathLike, name: str | None = None) -> type[D
     wanted = name or read_index(folder)["_class_name"]
     if not isinstance(wanted, str):
         raise UnsupportedError(
-            f"{folder} brings its own pipeline code ({wanted}), which is not run: give pipeline_class= one of diffusers"
+            f"{folder} brings its own pipeline code ({wanted}), which is not run: in Python, give pipeline_class= one "
+            "of diffusers"
         )
     found = getattr(diffusers, wanted, None)
     if not (isinstance(found, type) and issubclass(found, DiffusionPipeline)):
         _refuse_dummy(found, wanted)
         known = [each for each in dir(diffusers) if each.endswith("Pipeline")]
         near = difflib.get_close_matches(wanted, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else "upgrade diffusers or choose another pipeline_class"
+        hint = f"did you mean {near[0]}?" if near else "upgrade diffusers or, in Python, give another pipeline_class"
         raise InputError(f"diffusers {diffusers.__version__} has no pipeline class {wanted!r}: {hint}")
     _refuse_dummy(found, wanted)
     return found

@@ -61,6 +61,8 @@ def _build_several(cls: Any, folder: Path, dtype: torch.dtype | None) -> nn.Modu
 def _build_diffusers(cls: Any, folder: str | os.PathLike, dtype: torch.dtype | None) -> Any:
     with _one_line(folder):
         config = cls.load_config(str(folder))
+    if not isinstance(config, dict):
+        raise InputError(f"config.json in {folder} is no JSON object: download or copy the model again")
     if config.get("quantization_config"):
         raise UnsupportedError(f"{folder} holds quantized weights: use a folder with plain weights")
     with _one_line(folder), _default_dtype(dtype), parameters_on_meta():

@@ -20,6 +20,7 @@ _ABOUT = (
     "software",
     "pipeline",
     "revision",
+    "file_revisions",
     "versions",
     "ranks",
     "made",
@@ -28,7 +29,7 @@ _ABOUT = (
     LEFT_OUT,
 )
 _OF_FOLDER = 64
-"""Digits of a folder's revision (`node_facts.fingerprint`); a commit of the hub has 40."""
+"""Digits of a folder's revision (`revision_of`); a commit of the hub has 40."""
 # Placeholders in `Request.settings` for values that a file does not contain.
 _NOT_HELD = {
     "numbers": re.compile(r"(Tensor|Parameter|ndarray)\([\d, ]*\)"),
@@ -40,6 +41,7 @@ _PROMPT = re.compile(r"(\w+_)?prompt(_\d)?")
 _TYPES: dict[str, type] = {
     "model": str,
     "versions": dict,
+    "file_revisions": dict,
     "single_files": dict,
     "scheduler_args": dict,
     "input_image_sizes": list,
@@ -152,11 +154,14 @@ def other_pictures(record: Mapping[str, Any], sizes: Sequence[tuple[int, int]]) 
 
 
 def other_revision(record: Mapping[str, Any], made_by: Mapping[str, Any]) -> list[str]:
-    """Return a note if the loaded model (`PipelineSignature.made_by`) has changed since the file was made, else []."""
-    before, now = record.get("revision"), made_by.get("revision")
-    if None in (before, now) or before == now:
-        return []
-    return [f"the file was made with revision {before} of the model, here is {now}: pixels may differ"]
+    """Return a note for the loaded model (`PipelineSignature.made_by`), and for each file of an adapter or a component,
+    that has changed since the file was made."""
+    notes, before, now = [], record.get("revision"), made_by.get("revision")
+    if None not in (before, now) and before != now:
+        notes.append(f"the file was made with revision {before} of the model, here is {now}: pixels may differ")
+    there, here = record.get("file_revisions") or {}, made_by.get("file_revisions") or {}
+    changed = [path for path in there if path in here and there[path] != here[path]]
+    return notes + [f"{path} has changed since the file was made: pixels may differ" for path in changed]
 
 
 def _text(path: Path) -> str:

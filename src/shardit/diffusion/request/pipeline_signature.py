@@ -28,6 +28,7 @@ _RATE = re.compile(r"([a-z]+_)?(fps|frame_rate)")
 _FRAMES = ("num_frames", "frames", "video_length")
 _PICTURE = re.compile(r"(^|_)(images?|masks?|videos?|conditioning_frames)$")
 _IMAGE = re.compile(r"(^|_)images?$")
+_OF_TENSORS = re.compile("latents|embeds")
 _NO_PICTURE = re.compile("prompt|embeds|latents|attention|padding|size")  # tensors, numbers
 # Most pipelines declare `image=None` and fail later without one; the names of their classes show it.
 _WORDS_OF_IMAGE_PIPELINES = (
@@ -162,9 +163,11 @@ class PipelineSignature:
         return self.lacks_adapter and "ip_adapter_image" in name
 
     def tensor_problem(self, name: str, value: Any) -> str | None:
-        """Return the error in an argument that must be a tensor: text and plain numbers, also in lists, are invalid."""
+        """Return the error in an argument that must be a tensor: text and plain numbers are invalid, also in lists, and
+        for latents and embeddings arrays."""
         parts = list(_leaves(value))
         wrong = not parts or any(isinstance(part, (str, bytes, bool, int, float, Mapping)) for part in parts)
+        wrong = wrong or (bool(_OF_TENSORS.search(name)) and any(type(part).__module__ == "numpy" for part in parts))
         if name not in self.tensors or _IMAGE.search(name) or not wrong:  # images are opened in any case
             return None
         return f"{name} must be a tensor, got {repr(value)[:60]}; give one to shardit.Omni, or leave it out"

@@ -43,7 +43,8 @@ def ineffective(arguments: Mapping[str, Any], names: Mapping[str, Any], pipe: An
     if isinstance(scale, (int, float)) and scale > 1 and "negative_prompt" in names and not negative:
         notes.append("true_cfg_scale has no effect without negative_prompt")
     if _guided(arguments, names, pipe) is False:
-        advice = f"has no effect without guidance: give a higher {' or '.join(n for n in _SCALES if n in names)}"
+        scale = next((name for name in _SCALES if name in names), "guidance")  # the first alone counts
+        advice = f"has no effect without guidance: give a higher {scale}"
         notes += [f"the negative prompt {advice}"] if any(not isinstance(one, str) or one for one in negative) else []
         notes += [f"{name} {advice}" for name in given if name.startswith(_OF_GUIDANCE)]
     for name in given:

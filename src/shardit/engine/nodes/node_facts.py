@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.metadata
 import os
 import platform
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import shardit
+from shardit.engine.nodes.revision import digest_of, revision_of
 
 PACKAGES = ("shardit", "torch", "diffusers", "transformers")
-SMALL = 1 << 20
-"""Size limit in bytes below which a model file is compared by its content; larger ones are compared by size."""
 
 OF_ONE_PROCESS = {
     *("SHARDIT_HOST", "SHARDIT_PORT", "SHARDIT_API_KEY", "SHARDIT_DATA_DIR", "SHARDIT_RAY_WAIT"),
@@ -32,7 +30,7 @@ def facts(rank: int, model: str = "", flags: Mapping[str, Any] | None = None) ->
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "versions": {**versions(), "shardit sources": sources()},
-        "model": fingerprint(model),
+        "model": revision_of(model) if model and not model.startswith("tiny/") else None,
         "flags": {name: str(value) for name, value in {**(flags or {}), **settings()}.items()},
     }
 
@@ -59,26 +57,4 @@ def versions() -> dict[str, str]:
 def sources() -> str:
     """Return a digest of the package's Python files: two checkouts may have the same version."""
     folder = Path(shardit.__file__).parent
-    return _digest(folder, folder.rglob("*.py"))[:12]
-
-
-def fingerprint(model: str) -> str | None:
-    """Return a digest of a model folder's file names, their sizes and the content of small ones; None if there is no
-    such folder on this machine."""
-    folder = Path(model).expanduser()
-    if not model or model.startswith("tiny/") or not folder.is_dir():
-        return None
-    return _digest(folder, (path for path in folder.rglob("*") if path.is_file()))
-
-
-def _digest(folder: Path, paths: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(paths):
-        name = path.relative_to(folder)
-        if any(part.startswith(".") for part in name.parts):
-            continue  # left by downloads
-        size = path.stat().st_size
-        digest.update(f"{name.as_posix()}\0{size}\0".encode())
-        if size <= SMALL:
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
+    return digest_of(folder, folder.rglob("*.py"))[:12]

@@ -75,8 +75,8 @@ def _instead(flag: str, name: str, context: Any) -> str:
     text = f"; it is an option of {', '.join(others)}" if others else ""
     if likely and (not others or likely.endswith(f"_{name}")):
         text = f" (did you mean --{likely.replace('_', '-')}?)"
-    further = "; an argument of the pipeline that has no flag is given as"
-    return f"{text}{further} --extra {name}=VALUE" if "--extra" in _flags_of(command) else text
+    further = f"; if {name} is an argument of the pipeline, give it as --extra {name}=VALUE"
+    return f"{text}{further}" if "--extra" in _flags_of(command) else text
 
 
 def _flags_of(command: Any) -> list[str]:

@@ -12,9 +12,10 @@ from shardit.diffusion.loading.diffusers_source import refused_above
 from shardit.diffusion.loading.required_packages import missing
 from shardit.diffusion.request.pipeline_signature import PipelineSignature, has_adapter, signature_of
 from shardit.diffusion.request.size_multiples import least_sides, size_multiples
-from shardit.engine.nodes.node_facts import fingerprint, versions
+from shardit.engine.nodes.node_facts import versions
+from shardit.engine.nodes.revision import revision_of
 from shardit.loading.hub import cached
-from shardit.settings.model_options import recorded
+from shardit.settings.model_options import ModelOptions, recorded
 
 if TYPE_CHECKING:
     from shardit.engine.process.messages import SessionSpec
@@ -41,10 +42,10 @@ def loaded_signature(pipe: Any, spec: SessionSpec, index: dict[str, Any], rate: 
 
 def _made_by(spec: SessionSpec) -> dict[str, Any]:
     """Return the facts of the model for saved files, under the names of `Omni`."""
-    hub = None if spec.model.startswith("tiny/") or os.path.exists(spec.model) else cached(spec.model)
     values = {
         "model": spec.model,
-        "revision": hub.parent.name if hub is not None else fingerprint(spec.model),
+        "revision": _revision(spec.model),
+        "file_revisions": _file_revisions(spec.options),
         "dtype": spec.dtype,
         "attention_backend": spec.attention_backend,
         "versions": versions(),
@@ -52,6 +53,21 @@ def _made_by(spec: SessionSpec) -> dict[str, Any]:
         **recorded(spec.options),
     }
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _revision(model: str) -> str | None:
+    """Return the commit of a hub id, or a digest of a folder; None for a model that comes with shardit."""
+    if model.startswith("tiny/") or os.path.exists(model):
+        return revision_of(model)
+    hub = cached(model)
+    return hub.parent.name if hub is not None else None
+
+
+def _file_revisions(options: ModelOptions) -> dict[str, str] | None:
+    """Return digests of the files of adapters and components that are on this machine, by their paths."""
+    paths = [*(lora.path for lora in options.lora), *options.single_files.values()]
+    found = {path: revision_of(path) for path in paths}
+    return {path: revision for path, revision in found.items() if revision is not None} or None
 
 
 def _not_default(config: DiffusionParallelConfig) -> dict[str, Any] | None:

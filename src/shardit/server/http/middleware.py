@@ -129,6 +129,8 @@ class Guard:
         known = {_name_of(urlsplit(origin).netloc) for origin in self._options.cors_origins}
         if name != "localhost" and not _is_address(name) and name not in known:
             text = f"the name {name!r} is not known here; use 127.0.0.1, an API key, or --cors-origin http://{name}"
+            if not name:
+                text = "the header Host is missing; send it, or use an API key"
             raise ApiError(403, text, code="wrong_host")
 
     def _check_origin(self, headers: Headers) -> None:

@@ -182,7 +182,8 @@ async def _from_form(form: FormData) -> Body:
             if plain in NO_MEANING:
                 raise ApiError(400, f"{plain} has no meaning here; leave it out", code="unsupported_value", param=plain)
             if plain not in PICTURES:
-                text = f"there is no file field {name!r}; there are: {', '.join(PICTURES)}"
+                files = ", ".join(PICTURES)
+                text = f"{name!r} is no file field; files are: {files}; texts and numbers are sent as plain fields"
                 raise ApiError(400, text, code="unknown_field", param=plain)
             body.uploads.setdefault(plain, []).append(await value.read())
         else:

@@ -187,7 +187,7 @@ def test_omni_deals_requests_and_keeps_their_order() -> None:
         call = {**tiny.defaults("wan2.2-ti2v"), "output_type": "latent"}
         prompts: list[Any] = [{"prompt": text, "seed": 5} for text in ("a cat", "a dog", "a cat")]
         # Refused by the pipeline, as there is a prompt: this request alone fails.
-        prompts[1]["prompt_embeds"] = np.zeros(1)
+        prompts[1]["prompt_embeds"] = torch.zeros(1)
         outputs = omni.generate(prompts, **call)
         assert [output.prompt for output in outputs] == ["a cat", "a dog", "a cat"]
         assert [output.error is None for output in outputs] == [True, False, True]

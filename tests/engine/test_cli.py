@@ -182,7 +182,7 @@ def test_tiny_models_run_at_their_size(omni, capsys):
         (["--dtype=int8"], "--dtype"),
         (["--width=wide"], "--width"),
         (["--widht=8"], "--width"),
-        (["--cfg-normalize=true"], "given as --extra cfg_normalize=VALUE"),
+        (["--cfg-normalize=true"], "give it as --extra cfg_normalize=VALUE"),
         (["extra"], "extra"),
         (["--seed=1", "--width=8", "--seed=1"], "--seed is given twice; give it once"),
         (["--vae-tiling", "--vae-tiling"], "--vae-tiling is given twice"),

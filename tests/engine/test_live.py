@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from shardit.engine.process.messages import RequestFinished
 from tests.support.live_ranks import LiveRanks, live_ranks
@@ -89,7 +90,7 @@ def test_a_cancelled_request_ends_with_the_step_that_it_is_in(ranks: LiveRanks) 
 
 def test_a_request_that_fails_ends_alone(ranks: LiveRanks) -> None:
     ranks.begin(11, seed=1)
-    ranks.begin(12, seed=2, prompt_embeds=np.zeros(1))
+    ranks.begin(12, seed=2, prompt_embeds=torch.zeros(1))
     errors = [left.error for left in ranks.ends(12)]
     assert all("Cannot forward both `prompt`" in str(error) for error in errors)
     assert same(by_diffusers("wan2.2-t2v", 1, prompt="a cat"), frames(ranks.ends(11)))

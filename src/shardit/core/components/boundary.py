@@ -151,7 +151,7 @@ class Boundary:
             for tensor in list(_pending((args, kwargs))):
                 materialize(tensor)
             if caller is not None:
-                caller.compare(*_described(module, name, function, args, kwargs))
+                _compare(caller, module, name, function, args, kwargs)
             with self.original_classes():
                 out = self.run(path, name, function, args, kwargs)
             if caller is not None and caller.by_user:
@@ -318,13 +318,18 @@ def _unreadable(tensor: torch.Tensor, error: Exception) -> torch.Tensor:
     return out
 
 
-def _described(
-    module: nn.Module, name: str, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[str, dict[str, Any]]:
-    """Return the name of a method for errors, and its arguments by name."""
+def _compare(
+    caller: Caller, module: nn.Module, name: str, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Compare the arguments of a call from outside between the ranks."""
+    kind = type(module)
     if name == "__call__":
-        return type(module).__name__, named(type(module).forward, args, kwargs)
-    return f"{type(module).__name__}.{name}", named(getattr(function, "__func__", None), args, kwargs)
+        caller.compare(kind.__name__, named(kind.forward, args, kwargs))
+    else:
+        caller.compare(f"{kind.__name__}.{name}", named(getattr(function, "__func__", None), args, kwargs))
+
+
+_compare._torchdynamo_disable = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _replaces_method(cls: type, name: str, value: Any) -> bool:

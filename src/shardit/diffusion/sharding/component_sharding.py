@@ -130,6 +130,9 @@ class ComponentSharding:
                 f"{self.title}.{one.name} {problem} after parallelize, but each tensor rank has a slice "
                 f"({list(one.shape)}): use load_state_dict, or change it before"
             )
+        one_rank = not self.denoises and self.slices is None
+        if one_rank:
+            self._refuse_own_methods()
         changes = self._fingerprint.changes() if self._fingerprint.changed() else []
         if changes:
             self._finish_calls()
@@ -138,15 +141,7 @@ class ComponentSharding:
             self._last = _shortened([change.path for change in changes])
             apply_changes(self, changes)
             self.update()
-        if not self.denoises and self.slices is None:
-            now = _own_methods(self.module)
-            name = next((name for name, method in now.items() if self._methods.get(name) is not method), None)
-            if name is not None:
-                raise UnsupportedError(
-                    f"{self.title}.{name} was replaced on the object after parallelize, so every rank would run it, "
-                    "but one alone has the weights: replace (compile, wrap) it before"
-                )
-        elif self._fingerprint.training():
+        if not one_rank and self._fingerprint.training():
             self._refuse_dropout()
 
     def _finish_calls(self) -> None:
@@ -189,6 +184,15 @@ class ComponentSharding:
             return out
 
         return set_attn_processor
+
+    def _refuse_own_methods(self) -> None:
+        now = _own_methods(self.module)
+        name = next((name for name, method in now.items() if self._methods.get(name) is not method), None)
+        if name is not None:
+            raise UnsupportedError(
+                f"{self.title}.{name} was replaced on the object after parallelize, so every rank would run it, "
+                "but one alone has the weights: replace (compile, wrap) it before"
+            )
 
     def _refuse_dropout(self) -> None:
         part = dropout_in_training(self.module)

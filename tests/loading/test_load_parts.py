@@ -237,6 +237,8 @@ def test_errors_of_a_pipeline(tmp_path):
     fails("convert them to safetensors")
     weights.write_bytes(good)
     (folder / "scheduler" / "scheduler_config.json").unlink()
+    fails("scheduler is empty: download or copy the model again")
+    (folder / "scheduler" / "README.md").touch()
     fails("FluxPipeline cannot be made from .*scheduler_config.json")
     index = json.loads((folder / "model_index.json").read_text())
     del index["vae"]

@@ -183,7 +183,7 @@ BUDGET = {
     "loading": 1354,
     "models": 930,
     "parallel": 4720,
-    "server": 5330,
+    "server": 5281,
     "settings": 450,
     "training": 3915,
 }

@@ -329,9 +329,6 @@ def _compare(
         caller.compare(f"{kind.__name__}.{name}", named(getattr(function, "__func__", None), args, kwargs))
 
 
-_compare._torchdynamo_disable = True  # pyright: ignore[reportFunctionMemberAccess]
-
-
 def _replaces_method(cls: type, name: str, value: Any) -> bool:
     """Return whether an attribute of an instance replaces a computing method of its class."""
     if not callable(value) or isinstance(value, (nn.Module, type)):

@@ -19,9 +19,9 @@ from shardit.core.comm.barrier import checked_barrier
 from shardit.core.comm.p2p import Comm
 from shardit.core.components.boundary import Boundary, Turn, unbound
 from shardit.core.components.kv_stand_ins import changed_layers, find_caches, replace_layers, state_of
-from shardit.core.components.owned import LazyBroadcast, call_on, lazy_tensor, unwrapped
+from shardit.core.components.owned import LazyBroadcast, call_on, lazy_tensor, move_to_meta, unwrapped
 from shardit.core.modules.hooks import hooks_below
-from shardit.core.modules.patching import set_tensor, subclass_in_place
+from shardit.core.modules.patching import subclass_in_place
 from shardit.core.runtime.flat_call import FlatCall
 from shardit.core.runtime.pending import PendingTensor
 from shardit.core.runtime.randomness import generators_in
@@ -157,13 +157,10 @@ def cut_layerwise(
     states with hooks on the layers, which must also see the outputs of layers of other ranks.
     """
     made = LayerwiseEncoder(model, comm, [(name, model.get_submodule(name)) for name in units], list(owners))
-    absent: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # by id; tied ones stay tied
+    absent = [unit for unit, owner in zip(made.units, made.owners, strict=True) if owner != comm.rank]
+    named = [one for name, unit in absent for one in unit.named_parameters(name, remove_duplicate=False)]
+    move_to_meta(model, named, shared)
     for index, (_, unit) in enumerate(made.units):
-        if made.owners[index] != comm.rank:
-            for path, parameter in list(unit.named_parameters(remove_duplicate=False)):
-                if not parameter.is_meta and id(parameter) not in shared:
-                    meta = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
-                    set_tensor(unit, path, absent.setdefault(id(parameter), (parameter, meta))[1])
         subclass_in_place(unit, {"forward": _intercepted(made, index, type(unit).forward)})
     device = comm.group.device
     for module in model.modules():

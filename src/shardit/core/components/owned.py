@@ -70,12 +70,18 @@ def reader(module: nn.Module, comm: Comm, stage: int, small: ReplicatedTensors, 
 
 def empty(module: nn.Module, replicated: Collection[str], shared: Collection[int] = ()) -> None:
     """Move the tensors of a module to meta, in place, except those that every rank has, by name or by id."""
-    moved: dict[int, torch.Tensor] = {}  # tied ones stay tied
     named = (
         *module.named_parameters(remove_duplicate=False),
         *module.named_buffers(remove_duplicate=False),
     )
     kept = {id(tensor) for name, tensor in named if name in replicated} | set(shared)
+    move_to_meta(module, named, kept)
+
+
+def move_to_meta(module: nn.Module, named: Sequence[tuple[str, torch.Tensor]], kept: Collection[int]) -> None:
+    """Move tensors of a module to meta, in place, given with all of their names; tied ones stay tied. kept: the ids of
+    those that stay as they are."""
+    moved: dict[int, torch.Tensor] = {}
     for name, tensor in named:
         if id(tensor) in kept or tensor.is_meta:
             continue

@@ -169,12 +169,12 @@ class DecoderStages:
             self._inside = False
         self.ran[index] += 1
         writes = tuple(q for q, marked in zip(given.tensors, before, strict=True) if changed(plain[q], marked))
-        if first:
+        fitting = not first and fits(out, writes, known, expected)
+        if not fitting:
             out = without_gaps(out, plain)
+        if first:
             self._teach(key, known, out, plain, given, writes, cached)
-        elif not fits(out, writes, known, expected) and not fits(
-            out := without_gaps(out, plain), writes, known, expected
-        ):
+        elif not fitting and not fits(out, writes, known, expected):
             raise RankError(link.rank, f"{self.blocks[index][0]} returns something else than in earlier calls")
         for q in writes:
             link.comm.broadcast(plain[q], link.rank)

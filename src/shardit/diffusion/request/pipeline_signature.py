@@ -28,7 +28,7 @@ _RATE = re.compile(r"([a-z]+_)?(fps|frame_rate)")
 _FRAMES = ("num_frames", "frames", "video_length")
 _PICTURE = re.compile(r"(^|_)(images?|masks?|videos?|conditioning_frames)$")
 _IMAGE = re.compile(r"(^|_)images?$")
-_OF_TENSORS = re.compile("latents|embeds")
+_EMBEDDED = re.compile("latents|embeds")
 _NO_PICTURE = re.compile("prompt|embeds|latents|attention|padding|size")  # tensors, numbers
 # Most pipelines declare `image=None` and fail later without one; the names of their classes show it.
 _WORDS_OF_IMAGE_PIPELINES = (
@@ -167,7 +167,7 @@ class PipelineSignature:
         for latents and embeddings arrays."""
         parts = list(_leaves(value))
         wrong = not parts or any(isinstance(part, (str, bytes, bool, int, float, Mapping)) for part in parts)
-        wrong = wrong or (bool(_OF_TENSORS.search(name)) and any(type(part).__module__ == "numpy" for part in parts))
+        wrong = wrong or (bool(_EMBEDDED.search(name)) and any(type(part).__module__ == "numpy" for part in parts))
         if name not in self.tensors or _IMAGE.search(name) or not wrong:  # images are opened in any case
             return None
         return f"{name} must be a tensor, got {repr(value)[:60]}; give one to shardit.Omni, or leave it out"

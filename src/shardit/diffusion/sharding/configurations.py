@@ -21,17 +21,14 @@ class Configurations:
         formats of their weights, by names for messages."""
         found = getattr(pipe, "components", None)
         parts = found if isinstance(found, dict) else vars(pipe)
-        configs = {name: (getattr(part, "config", None), type(part)) for name, part in parts.items()}
-        modules = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
-        formats = {name: next((p.dtype for p in nn.Module.parameters(part)), None) for name, part in modules.items()}
-        return {
-            **{
-                f"configuration of {name}": self._hash(name, config, cls)
-                for name, (config, cls) in configs.items()
-                if isinstance(config, Mapping)
-            },
-            **{f"number format of {name}": short_hash(str(dtype).encode()) for name, dtype in formats.items()},
-        }
+        hashes: dict[str, bytes] = {}
+        for name, part in parts.items():
+            if isinstance(config := getattr(part, "config", None), Mapping):
+                hashes[f"configuration of {name}"] = self._hash(name, config, type(part))
+            if isinstance(part, nn.Module):
+                dtype = next((parameter.dtype for parameter in part.parameters()), None)
+                hashes[f"number format of {name}"] = short_hash(str(dtype).encode())
+        return hashes
 
     def _hash(self, name: str, config: Mapping[str, Any], cls: type) -> bytes:
         known = self._known.get(name)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import shardit
-from shardit.engine.nodes.revision import digest_of, revision_of
+from shardit.engine.nodes.revision import digest_of, model_revision
 
 PACKAGES = ("shardit", "torch", "diffusers", "transformers")
 
@@ -30,7 +30,7 @@ def facts(rank: int, model: str = "", flags: Mapping[str, Any] | None = None) ->
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "versions": {**versions(), "shardit sources": sources()},
-        "model": revision_of(model) if model and not model.startswith("tiny/") else None,
+        "model": model_revision(model),
         "flags": {name: str(value) for name, value in {**(flags or {}), **settings()}.items()},
     }
 

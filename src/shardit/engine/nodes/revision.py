@@ -13,6 +13,11 @@ SAMPLES = 256
 PIECE = 4096
 
 
+def model_revision(model: str) -> str | None:
+    """Return the digest of a model's folder or file; None for a hub id, and for a model that comes with shardit."""
+    return revision_of(model) if model and not model.startswith("tiny/") else None
+
+
 def revision_of(path: str | Path) -> str | None:
     """Return a digest of a file, or of a folder's file names and files; None if there is no such file or folder."""
     found = Path(path).expanduser()

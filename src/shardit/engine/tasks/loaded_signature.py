@@ -13,7 +13,7 @@ from shardit.diffusion.loading.required_packages import missing
 from shardit.diffusion.request.pipeline_signature import PipelineSignature, has_adapter, signature_of
 from shardit.diffusion.request.size_multiples import least_sides, size_multiples
 from shardit.engine.nodes.node_facts import versions
-from shardit.engine.nodes.revision import revision_of
+from shardit.engine.nodes.revision import model_revision, revision_of
 from shardit.loading.hub import cached
 from shardit.settings.model_options import ModelOptions, recorded
 
@@ -57,10 +57,8 @@ def _made_by(spec: SessionSpec) -> dict[str, Any]:
 
 def _revision(model: str) -> str | None:
     """Return the commit of a hub id, or a digest of a folder; None for a model that comes with shardit."""
-    if model.startswith("tiny/") or os.path.exists(model):
-        return revision_of(model)
-    hub = cached(model)
-    return hub.parent.name if hub is not None else None
+    hub = None if model.startswith("tiny/") or os.path.exists(model) else cached(model)
+    return hub.parent.name if hub is not None else model_revision(model)
 
 
 def _file_revisions(options: ModelOptions) -> dict[str, str] | None:

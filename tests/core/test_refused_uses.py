@@ -1,13 +1,15 @@
-"""Uses that a spread model does not allow: gradients, deep copies, compiled callers, a second thread."""
+"""Uses that a spread model does not allow: gradients, copies, weights of parts, compiled callers, a second thread."""
 
 from __future__ import annotations
 
 import copy
+import io
 import threading
 from typing import Any
 
 import pytest
 import torch
+from diffusers import FluxControlNetModel
 from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
 from transformers import AutoModelForCausalLM
@@ -130,6 +132,39 @@ def test_missing_gradients_are_noted_once(caplog: pytest.LogCaptureFixture) -> N
     for _ in range(2):
         refuse_gradients(model, (torch.ones(2),), {})
     assert caplog.messages == ["Odd runs without gradients: its results have none outside of torch.no_grad(), either"]
+
+
+def partial(rank: int, count: int, method: str, axis: str) -> list[str]:
+    """Take the weights of parts of models; return the errors."""
+    join(rank, count, method)
+    pipe = shardit.parallelize(pipeline("flux"), **AXES[axis])
+    folder = language_folder("tiny/llama")
+    assert folder is not None
+    decoder = shardit.parallelize(AutoModelForCausalLM.from_pretrained(folder), **AXES[axis])
+    config, blocks = pipe.transformer.config, pipe.transformer.transformer_blocks
+    heads = {name: config[name] for name in ("attention_head_dim", "num_attention_heads")}
+    said = []
+    for use in (
+        lambda: blocks.state_dict(),
+        lambda: torch.save(blocks[0].attn.state_dict(), io.BytesIO()),
+        lambda: FluxControlNetModel.from_transformer(pipe.transformer, num_layers=1, num_single_layers=0, **heads),
+        lambda: decoder.model.layers[1].mlp.state_dict(),
+    ):
+        with pytest.raises(UnsupportedError) as refused:
+            use()
+        said.append(str(refused.value))
+    assert pipe.transformer.norm_out.norm.state_dict() == {}
+    assert len(blocks[0].state_dict(keep_vars=True)) == len(list(blocks[0].named_parameters()))
+    assert len(pipe.vae.decoder.state_dict()) == len(list(pipe.vae.decoder.named_parameters()))
+    return said
+
+
+@pytest.mark.parametrize("axis", ["stages", "slices"])
+def test_weights_of_parts_are_refused(axis: str) -> None:
+    first, second = run_ranks(2, partial, axis)
+    assert first == second
+    assert all(one.startswith("state_dict() of a ") for one in first)
+    assert all("make another model from it, before parallelize" in one for one in first)
 
 
 class Doubled(nn.Module):

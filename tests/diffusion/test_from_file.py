@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -273,3 +274,18 @@ def test_flags_override_what_a_record_says_under_other_names(tmp_path):
     flags = GenerateFlags(from_file=path).completed()
     assert (flags.model, flags.config) == ("a.safetensors", "tiny/flux")
     assert flags.scheduler_arg == ["shift=3.0"]
+
+
+def test_flags_override_the_other_names_of_a_setting():
+    record = {"frame_rate": 24.0, "fps": 24.0, "video_length": 16, "prompt": "a cat"}
+    assert flags_of(record, ["fps", "prompt"], ["fps", "num_frames"]) == ({"prompt": "a cat"}, {})
+    assert flags_of(record, ["fps", "prompt"], ["frame_rate"])[0] == {"prompt": "a cat"}
+
+
+@pytest.mark.parametrize(("suffix", "package"), [(".mp4", "av"), (".safetensors", "safetensors")])
+def test_a_reader_that_is_not_installed(tmp_path, monkeypatch, suffix, package):
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(b"x")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(InputError, match=f"pip install {package}"):
+        read_record(path)

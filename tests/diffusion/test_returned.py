@@ -330,6 +330,10 @@ def test_names_of_ours_that_pipelines_have():
     assert kwargs("LattePipeline", num_frames=9)["video_length"] == 9
     with pytest.raises(InputError, match="num_frames and frames disagree"):
         kwargs("SanaVideoPipeline", num_frames=9, frames=8)
+    assert kwargs("LTXPipeline", fps=12)["frame_rate"] == 12
+    assert kwargs("LTXPipeline", fps=12, frame_rate=12)["frame_rate"] == 12
+    with pytest.raises(InputError, match="fps and frame_rate disagree"):
+        kwargs("LTXPipeline", fps=12, frame_rate=10)
     assert kwargs("LTXConditionPipeline", strength=[0.5, 1.0])["strength"] == [0.5, 1.0]
     with pytest.raises(InputError, match=r"strength\[1\] must be at most 1"):
         kwargs("LTXConditionPipeline", strength=[0.5, 2.0])

@@ -97,8 +97,8 @@ REFUSED: dict[Callable[[Callable[[Any], Any]], None], str] = {
     half_vae: "ranks would shard .*vae.* of FluxPipeline in different ways",
     offloaded_on_one: "vae is offloaded",
     other_blocks: "FluxTransformer2DModel in different ways",
-    one_of_two: "controlnet is a part of controlnet, which is already sharded: give each weights of its own",
-    two_of_one: r"controlnet\.nets\.0 is controlnet, which is already sharded: give each weights of its own",
+    one_of_two: "controlnet is a part of controlnet, which is already sharded: parallelize the pipeline that has both",
+    two_of_one: r"controlnet\.nets\.0 is controlnet, which is already sharded: parallelize the pipeline that has both",
     a_part_alone: "FluxTransformerBlock is a part of transformer, which is already sharded",
 }
 

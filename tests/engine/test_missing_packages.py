@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from shardit.loading.missing import import_failure
+from shardit.loading.missing import import_failure, missing_package
 
 HIDE = """
 import importlib.metadata, sys
@@ -65,6 +65,11 @@ def test_a_failed_import_is_found_below_other_errors():
     late.__cause__ = missing
     assert import_failure(late) is import_failure(missing) is missing
     assert import_failure(RuntimeError("else")) is None
+
+
+def test_modules_of_python_itself_are_not_installed_by_pip():
+    error = missing_package(ModuleNotFoundError("No module named '_sqlite3'", name="_sqlite3"))
+    assert "built without its module _sqlite3" in str(error)
 
 
 def test_names_of_the_package():

@@ -232,6 +232,13 @@ def test_chat(two: LLM) -> None:
         two.chat([message, message], GREEDY)
 
 
+def test_tools_that_the_template_does_not_show(two: LLM, caplog: pytest.LogCaptureFixture) -> None:
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+    message = {"role": "user", "content": "hi"}
+    assert two.chat_prompt([message], tools=tools) == two.chat_prompt([message])
+    assert caplog.messages == ["the chat template of the model shows no tools: they are left out"]
+
+
 def test_invalid_arguments(two: LLM, folder: Path) -> None:
     with pytest.raises(InputError, match="prompt 0 has 300 tokens, and the model has room for 256"):
         two.generate("x" * 300)

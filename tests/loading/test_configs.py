@@ -127,3 +127,9 @@ def test_the_docs_name_them_all():
     page = (DOCS / "parallelism.md").read_text("utf-8")
     [sentence] = re.findall(r"`shardit inspect` shows what each rank would hold, of (.*?) even", page, re.DOTALL)
     assert re.findall(r"`([^`]+)`", sentence) == names()
+
+
+def test_a_folder_that_names_no_component(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(InputError, match="names no component that has weights"):
+        inspect_model(tmp_path, DiffusionParallelConfig())

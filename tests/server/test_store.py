@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 
+from shardit.diffusion.request.model_info import ModelInfo
+from shardit.server.http.state import model_info
 from shardit.server.jobs import admission as intake
 from shardit.server.jobs import store as stores
 from shardit.server.jobs.job import ENDED, NewJob
 from shardit.server.jobs.store import Store
+from tests.diffusion.test_returned import CALLED
 from tests.support.stores import finished, folders, job, new, order, put
 
 
@@ -162,3 +165,11 @@ def test_json_of_any_text(store: Store) -> None:
     found = job(store, accepted.id)
     assert json.loads(json.dumps(found.request)) == {"prompt": text}
     assert (found.seed, found.owner) == (2**63 - 1, text)
+
+
+def test_facts_about_every_pipeline_return_as_they_were(store: Store) -> None:
+    for name, takes in CALLED.items():
+        info = ModelInfo(takes, takes, notes=("a note",))
+        model_info.remember(store, name, info)
+        assert model_info.recall(store, name) == info, name
+    assert model_info.recall(store, "another") is None

@@ -13,6 +13,7 @@ from shardit.core.placement.slices import Owned, Slice
 from shardit.diffusion.loading.description import Description, describe, describe_configs
 from shardit.diffusion.loading.shipped import configurations, shipped
 from shardit.diffusion.sharding.layout import lay_out
+from shardit.errors import InputError
 from shardit.loading.dtypes import Setting, check_components, dtype_of
 from shardit.parallel.tensor.apply import describe_plan
 from shardit.settings.model_options import model_options
@@ -49,6 +50,8 @@ def inspect_model(
         held = {name: part for name, part in components.items() if part["parameters"]}
         ranks.append({"rank": rank, "coords": coordinates(sizes, rank), "components": held})
     everything = _bytes_of_all(found, assignment, dtype)
+    if not everything:
+        raise InputError(f"model_index.json of {model} names no component that has weights")
     notes = [line for name, cut in cuts.items() for line in describe_plan(name, found.modules[name], cut)]
     if configs is not None and shipped(os.fspath(model)) is None and dtype is None:
         notes.append("the folder has no weights: bytes are those of bfloat16; dtype (--dtype) says another")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -30,7 +31,7 @@ from shardit.language.loading.source import decoder_source
 from shardit.language.options import LanguageOptions
 from shardit.language.preflight import check_decoder
 from shardit.language.request.defaults import recommended
-from shardit.language.request.messages import chat_tokens, conversations_of
+from shardit.language.request.messages import chat_tokens, conversations_of, tool_notes
 from shardit.language.request.outputs import CompletionChunk, GroupOutput, RequestOutput
 from shardit.language.request.prompt_batch import PromptBatch
 from shardit.language.request.prompts import (
@@ -49,6 +50,8 @@ from shardit.settings.model_options import model_options
 
 if TYPE_CHECKING:
     from shardit.language.info import LanguageInfo
+
+log = logging.getLogger(__name__)
 
 RAY_OPTION = 'distributed_executor_backend="ray"'
 TASK = "shardit.engine.tasks.language"
@@ -222,7 +225,10 @@ class LLM:
         chat_template: str | None = None,
         tools: Sequence[Any] | None = None,
     ) -> dict[str, Any]:
-        """Return the prompt that the chat template makes of a conversation, for `generate` and `stream`."""
+        """Return the prompt that the chat template makes of a conversation, for `generate` and `stream`. Warns if the
+        template shows no tools."""
+        for note in tool_notes(tools, chat_template or self._tokenizer.chat_template):
+            log.warning(note)
         return {"prompt_token_ids": chat_tokens(self._tokenizer, messages, chat_template, tools, add_generation_prompt)}
 
     def _batch(self, prompts: Any, sampling_params: Any) -> PromptBatch:

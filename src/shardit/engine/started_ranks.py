@@ -135,7 +135,7 @@ class StartedRanks:
         """Run the loop until a condition holds. Raises InputError or RankError if the ranks fail before."""
         self._loop.run(lambda: condition() or self._failure is not None)
         if self._closed:
-            raise InputError("close() was called in another thread while this one waited for the outputs")
+            raise InputError("close() was called while a call waited for its outputs")
         if self._failure is not None:
             raise self._failure.error()
 

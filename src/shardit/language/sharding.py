@@ -16,7 +16,7 @@ from shardit.config import DiffusionParallelConfig, fitting_partition
 from shardit.core.comm.collectives import Collectives
 from shardit.core.decoder.link import Link
 from shardit.core.decoder.stages import DecoderStages
-from shardit.core.modules.absent import mark_absent, partial_state_dict
+from shardit.core.modules.absent import mark_absent, partial_state_dict, refuse_partial_states
 from shardit.core.modules.blocks import drop_blocks, find_blocks
 from shardit.core.modules.patching import fixed_device_to, subclass_in_place
 from shardit.core.placement.partition import balanced_cuts
@@ -156,6 +156,8 @@ def shard_decoder(model: Any, runtime: Runtime, layout: DecoderLayout, config: D
         "shardit_decoder": property(lambda self: decoder),
     }
     subclass_in_place(model, members)
+    staged = [block for block, _ in blocks] if stages else []
+    refuse_partial_states(model, [*staged, *(layout.slices.cuts if layout.slices else ())], LIBRARIES)
     mark_absent(model, device, LIBRARIES)
     for name, part in model.named_modules():
         inside = name and any(block.startswith(f"{name}.") for block, _ in blocks)

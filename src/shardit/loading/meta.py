@@ -40,7 +40,7 @@ def build(
     from transformers import PreTrainedModel
 
     if not (Path(config_folder) / "config.json").is_file():
-        raise InputError(f"{config_folder} has no config.json: download or copy the model again")
+        raise InputError(f"{config_folder} has no config.json for its {cls.__name__}: download or copy the model again")
     if issubclass(cls, ModelMixin) and is_several(cls):
         return _build_several(cls, Path(config_folder), dtype)
     if issubclass(cls, ModelMixin):

@@ -42,6 +42,8 @@ def missing_package(error: ImportError) -> InputError:
     module = named[1] if named else error.name.partition(".")[0]
     if module == "torch":
         return InputError("torch is not installed; pip install torch, in the build for your machine (pytorch.org)")
+    if module.lstrip("_") in sys.stdlib_module_names:
+        return InputError(f"this Python was built without its module {module}; use another build of Python")
     return InputError(f"the module {module} is not installed; {pip_line([module])}")
 
 

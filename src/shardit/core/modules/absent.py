@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,3 +116,30 @@ def partial_state_dict(plain: Callable[..., Any], libraries: Libraries) -> Calla
         return plain(self, *args, **kwargs)
 
     return state_dict
+
+
+def refuse_partial_states(model: nn.Module, names: Collection[str], libraries: Libraries) -> None:
+    """Refuse `state_dict()` of modules within a model that contain, or are in, one of the named modules and parameters,
+    of which each rank may have another part: to users, and to libraries that make another model from it. On all ranks
+    alike, whichever part they have."""
+
+    def refuse(part: nn.Module, prefix: str, keep_vars: bool) -> None:
+        caller = f"{sys._getframe(2).f_globals.get('__name__', '')}."
+        if not (prefix or keep_vars or caller.startswith(libraries.placing)):
+            raise UnsupportedError(
+                f"state_dict() of a {type(part).__name__} in a {type(model).__name__}: each rank holds only its own "
+                "part; take it, or make another model from it, before parallelize"
+            )
+
+    split, above = set(names), {path for name in names for path in _paths_to(name)}
+    for path, part in model.named_modules():
+        if path and (path in above or not split.isdisjoint(_paths_to(path))):
+            part.register_state_dict_pre_hook(refuse)
+
+
+def _paths_to(name: str) -> Iterator[str]:
+    """Yield the names of the modules around a module or parameter, and its own."""
+    yield name
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name

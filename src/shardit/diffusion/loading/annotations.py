@@ -19,11 +19,11 @@ _FORMS = {
 _NUMBERS = re.compile(r"tuple\[((?:int|float)(?:, (?:int|float))*)(, \.\.\.)?\]", re.IGNORECASE)
 
 
-def forms_of(item: inspect.Parameter) -> frozenset[str]:
+def forms_of(item: inspect.Parameter) -> tuple[str, ...]:
     """Return the forms of values that an argument takes (number, flag, text, list, dict); empty if it may take others,
     or has no annotation."""
     kinds = _kinds_of(item)
-    return frozenset(map(_FORMS.__getitem__, kinds)) if kinds and all(kind in _FORMS for kind in kinds) else frozenset()
+    return tuple(sorted({_FORMS[kind] for kind in kinds})) if all(kind in _FORMS for kind in kinds) else ()
 
 
 def is_list(item: inspect.Parameter, of: str = "") -> bool:

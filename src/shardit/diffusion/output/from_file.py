@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from shardit.diffusion.output.encode import EXIF_DESCRIPTION, LEFT_OUT
-from shardit.diffusion.request.pipeline_signature import PipelineSignature
+from shardit.diffusion.request.pipeline_signature import PipelineSignature, same_setting
 from shardit.diffusion.request.step_lists import listed
 from shardit.errors import InputError
+from shardit.loading.missing import missing_package
 from shardit.settings.model_options import WHOLE
 from shardit.settings.paths import check_name, user_path
 
@@ -58,6 +59,8 @@ def read_record(path: Path) -> dict[str, Any]:
         raise InputError(f"there is no file {path}; give one that shardit has written")
     try:
         record = json.loads(_text(path))
+    except ImportError as error:
+        raise missing_package(error) from error
     except Exception as error:  # whatever a reader raises for a file by another program
         raise InputError(
             f"{path} does not say how it was made: shardit has not written it, or it was edited"
@@ -88,7 +91,9 @@ def flags_of(
     own = (*_ABOUT, "scheduler_args", "single_files", *(["num_inference_steps"] if listed(record) else []))
     for name, value in record.items():
         of_ranks = name == "parallel" and isinstance(value, dict)  # as "ranks" was called
-        if name in (*own, *given) or of_ranks or (value is None and name in known):
+        if name in own or of_ranks or (value is None and name in known):
+            continue
+        if any(same_setting(name, one) for one in given):
             continue
         if lacking := "" if _PROMPT.fullmatch(name) else _not_held(value):
             advice = "use shardit.Omni" if lacking == "numbers" else f"add --extra {name}=PATH"

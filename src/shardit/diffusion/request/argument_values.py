@@ -50,7 +50,7 @@ def checked_value(name: str, value: Any, takes: PipelineSignature) -> Any:
     known = takes.forms.get(name) if name not in takes.pictures else None
     form = _form(value)
     if form is not None and known and form not in known:
-        raise InputError(f"{name} must be {' or '.join(_FORMS[one] for one in sorted(known))}, got {_short(value)}")
+        raise InputError(f"{name} must be {' or '.join(_FORMS[one] for one in known)}, got {_short(value)}")
     return value
 
 

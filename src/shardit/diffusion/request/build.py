@@ -227,6 +227,8 @@ def _set_rate(kwargs: dict[str, Any], fps: float | None, takes: PipelineSignatur
     if name in kwargs:
         FRAME_RATE(name, kwargs[name])
     value = kwargs.get(name, fps)
+    if fps not in (None, value):
+        raise InputError(f"fps and {name} disagree ({fps} and {value}); give one of them")
     if value is not None:
         kwargs[name] = _like(value, takes.defaults.get(name))
 

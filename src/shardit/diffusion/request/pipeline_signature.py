@@ -24,8 +24,8 @@ _NOT_CHOICES = (
 )
 _COUNT = re.compile(r"num_[a-z]+_per_prompt")
 _RATE = re.compile(r"([a-z]+_)?(fps|frame_rate)")
-# Names of the number of frames of a video in pipelines.
 _FRAMES = ("num_frames", "frames", "video_length")
+"""Names of the number of frames of a video in pipelines."""
 _PICTURE = re.compile(r"(^|_)(images?|masks?|videos?|conditioning_frames)$")
 _IMAGE = re.compile(r"(^|_)images?$")
 _EMBEDDED = re.compile("latents|embeds")
@@ -70,7 +70,7 @@ class PipelineSignature:
     """Arguments that are lists of texts and nothing else, by their annotations."""
     number_keys: tuple[str, ...] = ()
     """Arguments that are dicts with whole numbers as keys, by their defaults; JSON has texts as keys only."""
-    forms: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    forms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Forms of values that arguments take, where their annotations have no others (`forms_of`)."""
     native_fps: float | None = None
     """Frames per second that the checkpoint was trained for, if its configuration has them."""
@@ -237,6 +237,16 @@ class PipelineSignature:
         return float(rate) if rate else (16.0 if self.class_name.startswith("Wan") else 24.0)
 
 
+def only_numbers(forms: Sequence[str]) -> bool:
+    """Return whether an argument with values of these forms takes numbers and nothing else."""
+    return bool(forms) and set(forms) <= {"number", "flag"}
+
+
+def same_setting(one: str, other: str) -> bool:
+    """Return whether two arguments are names of the same setting: the frame rate, or the number of frames."""
+    return one == other or all(map(_RATE.fullmatch, (one, other))) or {one, other} <= {*_FRAMES}
+
+
 def signature_of(
     pipeline_class: type, model_index: Mapping[str, Any] | None = None, *, sample_rate: int | None = None
 ) -> PipelineSignature:
@@ -275,8 +285,7 @@ def is_mask_of_video(name: str, takes: PipelineSignature) -> bool:
 
 def _is_picture(item: inspect.Parameter) -> bool:
     found = _PICTURE.search(item.name) is not None or "Image" in str(item.annotation)
-    number = forms_of(item) and forms_of(item) <= {"number", "flag"}
-    return found and not number and item.name != "image" and _NO_PICTURE.search(item.name) is None
+    return found and not only_numbers(forms_of(item)) and item.name != "image" and _NO_PICTURE.search(item.name) is None
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -286,7 +286,10 @@ def check_earlier(
 def refuse_overlap(name: str, module: nn.Module) -> None:
     """Raise UnsupportedError if an unsharded module is inside a sharded one, contains one, or uses weights of one that
     some ranks do not have: it would be sharded again, by ranks that have only a part of it."""
-    remedy = "give each weights of its own (load it again, or copy.deepcopy it before parallelize)"
+    remedy = (
+        "parallelize the pipeline that has both before you make others from it, or give each weights of its own "
+        "(copy.deepcopy one before it is sharded)"
+    )
     if module in _PARENTS:
         raise UnsupportedError(f"{name} is a part of {_PARENTS[module][0]}, which is already sharded: {remedy}")
     for path, part in module.named_modules():

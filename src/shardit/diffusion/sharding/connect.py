@@ -14,7 +14,7 @@ from shardit.config import DiffusionParallelConfig
 from shardit.core.comm.p2p import Comm
 from shardit.core.components.layerwise import cut_layerwise
 from shardit.core.components.owned import make_owned
-from shardit.core.modules.absent import mark_absent
+from shardit.core.modules.absent import mark_absent, refuse_partial_states
 from shardit.core.modules.blocks import find_blocks
 from shardit.core.modules.compiled import BLOCKWISE, compile_call, unwrap, unwrap_parts
 from shardit.core.modules.patching import plain_class, subclass_in_place
@@ -128,6 +128,8 @@ def shard_model(
         if type(part) is not plain_class(part):
             FAMILY.register(plain_class(part), type(part))
     guard(model, name or type(model).__name__, mesh)
+    staged = [block for block, _ in model.shardit_stages.cut.blocks] if mesh.pp_size > 1 else []
+    refuse_partial_states(model, [*staged, *(slices.cuts if slices else ())], LIBRARIES)
     mark_absent(model, torch.device(mesh.device), LIBRARIES)
     sharding = ComponentSharding(name, model, config, runtime, True, cut.plan, assignment, slices)
     entry_of(model).guard(runtime, sharding.begin, sharding.end)

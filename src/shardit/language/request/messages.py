@@ -27,6 +27,13 @@ def conversations_of(messages: Any) -> list[Any]:
     return [messages] if isinstance(messages[0], Mapping) else list(messages)
 
 
+def tool_notes(tools: Sequence[Any] | None, template: Any) -> list[str]:
+    """Return a note if a chat template drops the tools."""
+    if not tools or "tools" in str(template):
+        return []
+    return ["the chat template of the model shows no tools: they are left out"]
+
+
 def chat_tokens(
     tokenizer: Any,
     messages: Sequence[Any],

@@ -47,8 +47,14 @@ def main(control_fd: int, listen_fd: int) -> None:
 async def _serve(options: ServeOptions, store: Store, link: SupervisorClient, listener: socket.socket) -> None:
     loop = asyncio.get_running_loop()
 
+    def store_info(reported: Info) -> None:
+        try:
+            model_info.remember(store, options.model, reported)
+        except sqlite3.Error as error:
+            _LOG.error("storage", error=str(error))
+
     def keep(reported: Info) -> None:
-        loop.run_in_executor(None, model_info.remember, store, options.model, reported)
+        loop.run_in_executor(None, store_info, reported)
 
     live_state = LiveState(
         link.send,

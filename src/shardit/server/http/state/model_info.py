@@ -20,6 +20,8 @@ from shardit.server.jobs.store import Store
 _NAME = "model_info"
 _OF_LANGUAGE = ("max_model_len", "vocabulary", "defaults", "notes")
 """What is kept of a language model."""
+_OF_TUPLES = ("forms", "missing")
+"""Fields of a signature whose values are tuples."""
 
 
 def remember(store: Store, model: str, info: Info) -> None:
@@ -69,9 +71,12 @@ def _of_language(model: str) -> LanguageInfo | None:
 
 
 def _signature(kept: Mapping[str, Any]) -> PipelineSignature:
-    # JSON has lists only. Fields of other versions of this program that this one does not know are left out.
+    # JSON has lists only, which are tuples in all fields but `defaults`. Fields of other versions of this program that
+    # this one does not know are left out.
     names = {item.name for item in dataclasses.fields(PipelineSignature)}
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in kept.items() if name in names
     }
+    for name in _OF_TUPLES:
+        values[name] = {key: tuple(value) for key, value in values.get(name, {}).items()}
     return PipelineSignature(**values)

@@ -9,7 +9,7 @@ from typing import Any
 from shardit.diffusion.output.target import side_problem
 from shardit.diffusion.request.argument_values import check_attention, checked_value
 from shardit.diffusion.request.model_info import ModelInfo
-from shardit.diffusion.request.pipeline_signature import PipelineSignature
+from shardit.diffusion.request.pipeline_signature import PipelineSignature, only_numbers
 from shardit.diffusion.request.result_limits import limit_problem
 from shardit.diffusion.request.size_search import SIDES
 from shardit.diffusion.request.step_lists import steps_problem
@@ -37,7 +37,7 @@ def pipeline_names(info: ModelInfo | None) -> list[str]:
 
 def _is_sendable(name: str, takes: PipelineSignature) -> bool:
     # A text for a picture would be a path on this machine. A number is none, whatever its name (image_guidance_scale).
-    number = takes.forms.get(name, {"text"}) <= {"number", "flag"} or isinstance(takes.defaults.get(name), (int, float))
+    number = only_numbers(takes.forms.get(name, ())) or isinstance(takes.defaults.get(name), (int, float))
     return (number or not _NOT_SENDABLE.search(name)) and name not in takes.pictures
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from shardit.errors import InputError
 from shardit.language.info import LanguageInfo
 from shardit.language.request.defaults import recommended
-from shardit.language.request.messages import chat_tokens
+from shardit.language.request.messages import chat_tokens, tool_notes
 from shardit.language.request.prompts import check_tokens, tokens_of
 from shardit.language.request.sampling_params import SamplingParams
 from shardit.server.http.schema.errors import ApiError, from_input_error
@@ -52,9 +52,7 @@ def chat_prompt(tokenizer: Any, values: Mapping[str, Any]) -> list[int]:
 
 def notes_of(tokenizer: Any, values: Mapping[str, Any]) -> list[str]:
     """Return what the model does not see of a request."""
-    if not values.get("tools") or values.get("tool_choice") == "none" or "tools" in str(tokenizer.chat_template):
-        return []
-    return ["the chat template of the model shows no tools: they are left out"]
+    return tool_notes(None if values.get("tool_choice") == "none" else values.get("tools"), tokenizer.chat_template)
 
 
 def text_prompts(tokenizer: Any, prompt: Any, vocabulary: int) -> list[list[int]]:

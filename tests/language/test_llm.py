@@ -147,6 +147,30 @@ def test_stop_strings_and_tokens(two: LLM) -> None:
     assert ended[0].outputs[0].token_ids == free.token_ids[: free.token_ids.index(token) + 1]
 
 
+def test_stop_strings_before_the_minimum(two: LLM) -> None:
+    options: dict[str, Any] = {"temperature": 0, "max_tokens": 30, "ignore_eos": True}
+    free = two.generate("xxy", SamplingParams(**options))[0].outputs[0]
+    early = next(one for one in free.text[:5] if one.strip())
+    least = next(n for n in range(1, 30) if early in free.text[:n]) + 4
+    asked = SamplingParams(**options, stop=[early], min_tokens=least)
+    found = two.generate("xxy", asked)[0].outputs[0]
+    assert len(found.token_ids) >= least
+    assert early in found.text
+    place = free.text.find(early, len(tokenizer().decode(list(free.token_ids[:least]))))
+    assert found.text == (free.text if place < 0 else free.text[:place])
+    assert "".join(one.text for one in two.stream("xxy", asked)) == found.text
+
+
+def test_temperatures_near_zero_are_greedy(two: LLM) -> None:
+    greedy = two.generate("xxy", GREEDY)[0].outputs[0].token_ids
+    for temperature in (1e-9, 1e-38, 1e-45):
+        asked = SamplingParams(temperature=temperature, max_tokens=12, ignore_eos=True, seed=1)
+        assert two.generate("xxy", asked)[0].outputs[0].token_ids == greedy
+    for name, value in (("repetition_penalty", 1e-39), ("logit_bias", {20: 1e38})):
+        with pytest.raises(InputError, match=name):
+            SamplingParams(**{name: value})
+
+
 def test_end_tokens_of_tokenizer_and_generation_config(two: LLM) -> None:
     """The temperature is so high that all tokens occur."""
 

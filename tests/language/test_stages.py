@@ -272,6 +272,36 @@ def test_custom_loops() -> None:
         assert all(results.values()), results
 
 
+def compare_number_formats(rank: int, count: int, method: str) -> list[bool]:
+    """Change the number format, and the mode of torch, after calls in another; call with a token beyond the
+    vocabulary."""
+    plain, model = families.make("llama"), make_sharded("llama", started(rank, count, method))
+    ids = torch.arange(3, 13).view(2, 5)
+
+    def same() -> bool:
+        expected, got = (
+            one.generate(ids, do_sample=False, max_new_tokens=4, output_logits=True, return_dict_in_generate=True)
+            for one in (plain, model)
+        )
+        return all(map(torch.equal, expected.logits, got.logits))
+
+    found = [same(), same(), same()]
+    with torch.autocast("cpu", torch.bfloat16):
+        found.append(same())
+    for dtype in (torch.bfloat16, torch.float32):
+        plain.to(dtype)
+        model.to(dtype)
+        found.append(same())
+    for call in (model.generate, model):
+        with pytest.raises(InputError, match="has the token 999, and the vocabulary of LlamaForCausalLM has 128"):
+            call(torch.tensor([[5, 999]]))
+    return [*found, same()]
+
+
+def test_number_formats_and_tokens_of_later_calls() -> None:
+    assert run_ranks(2, compare_number_formats) == [[True] * 7] * 2
+
+
 def compare_head_stage(rank: int, count: int, method: str) -> tuple[list[int], list[bool]]:
     """Compare groups of one shape: their calls of the head differ only in data."""
     runtime = started(rank, count, method)

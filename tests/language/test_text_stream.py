@@ -72,6 +72,8 @@ def test_stop_strings() -> None:
     assert [stream.add(one) for one in range(4)] == [""] * 4
     assert stream.end("") == ""
     assert pieces(decode, [0, 1, 4], ["DEFGHIJ"]) == ["", "", "DEFGK", ""]
+    stream = TextStream(words("ab", "cab", "ca", "b"), ["ab", "ca"], min_tokens=2)
+    assert [stream.add(0), stream.add(1), stream.add(2), stream.add(3)] == ["ab", "cab", "", ""]
     stream = TextStream(words("ple", "as"), ["assistant"])
     assert [stream.add(0), stream.add(1), stream.end("pleas")] == ["ple", "", "as"]
     stream = TextStream(words("stop!", "x"), ["stop"])

@@ -8,6 +8,8 @@ import torch
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    MllamaConfig,
+    MllamaForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
@@ -56,7 +58,20 @@ def _gemma() -> Any:
     return Gemma3ForConditionalGeneration(config)
 
 
-BUILD = {"qwen2_5_vl": _qwen, "gemma3": _gemma}
+def _mllama() -> Any:
+    text = {**_TEXT, "cross_attention_layers": [1, 3], "rope_scaling": None}
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_global_layers": 2}
+    heads = {"attention_heads": 4, "num_attention_heads": 4, "intermediate_layers_indices": [0, 1]}
+    tiles = {"max_num_tiles": 2, "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]], "vision_output_dim": 48}
+    config = MllamaConfig(
+        text_config={**text, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+        vision_config={**vision, **heads, **tiles, "image_size": 16, "patch_size": 8},
+        image_token_index=IMAGE,
+    )
+    return MllamaForConditionalGeneration(config)
+
+
+BUILD = {"qwen2_5_vl": _qwen, "gemma3": _gemma, "mllama": _mllama}
 """By family."""
 
 
@@ -80,6 +95,14 @@ def prompts(family: str, images: bool = True, padding: int = 0) -> dict[str, tor
     if family == "gemma3":
         pixels = torch.randn(2, 3, 16, 16, generator=draw)
         return {**found, "pixel_values": pixels, "token_type_ids": (ids == IMAGE).long()}
+    if family == "mllama":
+        return {
+            **found,
+            "pixel_values": torch.randn(2, 1, 2, 3, 16, 16, generator=draw),
+            "aspect_ratio_ids": torch.full((2, 1), 2),
+            "aspect_ratio_mask": torch.ones(2, 1, 2, dtype=torch.long),
+            "cross_attention_mask": torch.ones(*ids.shape, 1, 2, dtype=torch.long),
+        }
     return {
         **found,
         "pixel_values": torch.randn(32, 3 * 2 * 4 * 4, generator=draw),

@@ -22,7 +22,8 @@ class Pieces:
     def __init__(self, batch: PromptBatch):
         self._batch = batch
         self._streams = [
-            TextStream(lambda ids, row=row: batch.decode(ids, row), row.params.stops) for *_, row in batch.rows
+            TextStream(lambda ids, row=row: batch.decode(ids, row), row.params.stops, row.params.min_tokens)
+            for *_, row in batch.rows
         ]
         self._tokens: list[list[int]] = [[] for _ in batch.rows]
         self._given = [0] * len(batch.rows)

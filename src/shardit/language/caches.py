@@ -1,8 +1,8 @@
 """Caches of keys, values and states over stages: each rank has those of its own layers.
 
 Code outside the blocks also reads cache layers of other ranks: their length, the size of masks. Such reads are
-delegated to an own layer of the same kind, as all layers of a kind advance together. If this rank has no layer of a
-kind, the cache layer updates itself with tensors of one head of width 1.
+delegated to an own layer of the same kind, in a block of the same class, as all of these advance together. If this rank
+has none, the cache layer updates itself with tensors of one head of width 1.
 """
 
 from __future__ import annotations
@@ -17,10 +17,17 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    EncoderDecoderCache,
+    LinearAttentionCacheLayerMixin,
+    StaticLayer,
+)
 
 from shardit.core.decoder.shapes import PLAIN
 from shardit.core.modules.state.module_state import State, differences, state_in
+from shardit.core.runtime.pending import METADATA
 from shardit.errors import UnsupportedError
 
 CHANGES = (
@@ -37,24 +44,26 @@ OWN = "_shardit_layer"
 
 @dataclass(eq=False)
 class NewCache:
-    """A cache in the first call of a model. shape: of the hidden states. passed: blocks of other ranks that were called
-    with it."""
+    """A cache in the first call of a model. shape: of the hidden states. passed: keys of the calls of blocks of other
+    ranks with it."""
 
     cache: Any
     shape: torch.Size
-    passed: set[int] = field(default_factory=set)
+    passed: set[Any] = field(default_factory=set)
 
 
 class StageCaches:
     """Tracks the caches among the arguments of a decoder's blocks.
 
-    slots[i]: the layers of a cache that block i updates, known after its first call with one. _complete: whether all
-    blocks have had one; calls without a cache show nothing.
+    slots[i]: the layers of a cache that block i updates, known after its first call with one. _updated: those that it
+    updates in calls of one structure; cross-attention updates its layer in calls with an image only. _complete: whether
+    all blocks have had a call with a cache; calls without one show nothing. classes: of the blocks.
     """
 
-    def __init__(self, owners: Sequence[int], rank: int):
+    def __init__(self, owners: Sequence[int], rank: int, classes: Sequence[type]):
         self.slots: dict[int, tuple[int, ...]] = {}
-        self._owners, self._rank = owners, rank
+        self._updated: dict[Any, tuple[int, ...]] = {}
+        self._owners, self._rank, self._classes = owners, rank, classes
         self._new: list[NewCache] = []
         self._complete = False
 
@@ -68,21 +77,27 @@ class StageCaches:
                 found.append(leaf)
         return found
 
-    def before_call(self, index: int, caches: Sequence[Any], arguments: Sequence[Any], own: bool) -> None:
-        """Prepare a block call: advance the layers that a block of another rank updates, if they have no stand-in. A
-        new cache gets stand-ins for layers of other ranks now, or at the end of the call if those are not known yet."""
+    def before_call(self, caches: Sequence[Any], arguments: Sequence[Any]) -> None:
+        """Prepare a block call: a new cache gets stand-ins for layers of other ranks now, or at the end of the call if
+        those are not known yet."""
+        for cache in caches:
+            if getattr(cache, OWN, None) is None:
+                if self._complete:
+                    self._add_stand_ins(cache)
+                elif all(one.cache is not cache for one in self._new):
+                    self._new.append(NewCache(cache, _first(arguments).shape))
+
+    def advance(self, key: Any, caches: Sequence[Any], arguments: Sequence[Any]) -> None:
+        """Advance the layers that a block of another rank has updated, if they have no stand-in; of a new cache at the
+        end of the call."""
         for cache in caches:
             missing = getattr(cache, OWN, None)
             if missing is None:
-                if self._complete:
-                    missing = self._add_stand_ins(cache)
-                else:
-                    self._record_new(cache, index, own, arguments)
-                    continue
-            if not own and missing:
-                for number in self.slots.get(index, ()):
-                    if number in missing:
-                        _advance(cache, number, _first(arguments).shape)
+                next(one for one in self._new if one.cache is cache).passed.add(key)
+                continue
+            for number in self._updated.get(key, ()) if missing else ():
+                if number in missing:
+                    _advance(cache, number, _first(arguments).shape)
 
     def snapshot(self, arguments: Sequence[Any]) -> Any:
         """Return the state of caches and other objects, on the owner, before the first call of a structure."""
@@ -103,9 +118,10 @@ class StageCaches:
             slots |= {n for n, state in enumerate(now) if n >= len(earlier) or differences(earlier[n], state)}
         return tuple(sorted(slots))
 
-    def add_slots(self, index: int, slots: tuple[int, ...]) -> None:
-        """Record the cache layers that block number `index` updates, on every rank."""
-        self.slots[index] = tuple(sorted({*self.slots.get(index, ()), *slots}))
+    def add_slots(self, key: Any, slots: tuple[int, ...]) -> None:
+        """Record the cache layers that a block updates in calls of a structure, on every rank."""
+        for known, one in ((self.slots, key[0]), (self._updated, key)):
+            known[one] = tuple(sorted({*known.get(one, ()), *slots}))
 
     def end_call(self) -> None:
         """Add stand-ins for layers of other ranks to new caches, at the end of a call of the model."""
@@ -114,17 +130,9 @@ class StageCaches:
             missing = self._add_stand_ins(new.cache)
             # Later blocks (another group may be in the middle of its call) advance their own layers. A block that has
             # failed in its first call has told nothing of them.
-            for number in sorted({n for index in new.passed for n in self.slots.get(index, ())} & missing):
+            for number in sorted({n for key in new.passed for n in self._updated.get(key, ())} & missing):
                 _advance(new.cache, number, new.shape)
         self._new.clear()
-
-    def _record_new(self, cache: Any, index: int, own: bool, arguments: Sequence[Any]) -> None:
-        new = next((one for one in self._new if one.cache is cache), None)
-        if new is None:
-            new = NewCache(cache, _first(arguments).shape)
-            self._new.append(new)
-        if not own:
-            new.passed.add(index)
 
     def _add_stand_ins(self, cache: Any) -> set[int]:
         """Add stand-ins for layers of other ranks to a cache. Return the numbers of the layers without a stand-in."""
@@ -139,9 +147,11 @@ class StageCaches:
                 cache.layers.append(cache.layer_class_to_replicate())
         self._check_rollback(cache)
         missing: set[int] = set()
-        kinds = {_kind(cache.layers[n]): cache.layers[n] for n in sorted(own, reverse=True)}
+        classes = {n: self._classes[index] for index, numbers in self.slots.items() for n in numbers}
+        # Layers of cross-attention, though of the same class, do not advance with the others.
+        kinds = {(classes[n], _kind(cache.layers[n])): cache.layers[n] for n in sorted(own, reverse=True)}
         for number in sorted(foreign):
-            own_layer = kinds.get(_kind(cache.layers[number]))
+            own_layer = kinds.get((classes[number], _kind(cache.layers[number])))
             if own_layer is None:
                 missing.add(number)
             else:
@@ -189,7 +199,10 @@ def _advance(cache: Any, number: int, shape: torch.Size) -> None:
     """Advance a cache layer that another rank updates. shape: of the hidden states."""
     layer = cache.layers[number]
     if isinstance(layer, CacheLayerMixin):
-        nothing = torch.zeros(shape[0], 1, shape[1], 1)
+        length = shape[1]
+        if isinstance(layer, StaticLayer) and not layer.is_sliding:  # of cross-attention it is shorter than the text
+            length = min(length, layer.max_cache_len - int(layer.get_seq_length()))
+        nothing = torch.zeros(shape[0], 1, length, 1)
         layer.update(nothing, nothing)
     if isinstance(layer, LinearAttentionCacheLayerMixin):
         for state in list(layer.has_previous_state):
@@ -217,6 +230,17 @@ def add_delegates(cache: Any, like: tuple[dict[int, int], set[int] | None]) -> N
         setattr(cache, OWN, set(like[1]))
 
 
+class Elsewhere(torch.Tensor):
+    """A tensor of a cache layer of another rank, over that of an own layer: its shape can be read, but not its data."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in METADATA:
+            raise UnsupportedError("code outside of the layers reads data of a cache layer that another rank has")
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
 def stand_in(own: Any) -> Any:
     """Return the stand-in of a cache layer of another rank, which delegates to an own layer."""
     return _class_of(type(own))(own)
@@ -229,9 +253,7 @@ def _class_of(cls: type) -> type:
 
     def __getattr__(self: Any, name: str) -> Any:
         value = getattr(object.__getattribute__(self, OWN), name)
-        if isinstance(value, torch.Tensor):
-            raise UnsupportedError(f"code outside of the layers reads {name} of a cache layer that another rank has")
-        return value
+        return value.as_subclass(Elsewhere) if isinstance(value, torch.Tensor) else value
 
     def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
         return type(self)(copy.deepcopy(getattr(self, OWN), memo))

@@ -16,7 +16,7 @@ from shardit.core.modules.compiled import refuse_compiling
 from shardit.core.runtime.digests import named
 from shardit.core.runtime.no_gradients import refuse_gradients
 from shardit.core.stages.runtime import Runtime
-from shardit.errors import UnsupportedError
+from shardit.errors import InputError, UnsupportedError
 from shardit.language.collected import CollectedOutputs
 from shardit.language.user_code import AlikeStreamer, candidates_member, criteria_member, processors_member
 from shardit.parallel.tensor.check.units import Checks
@@ -64,6 +64,7 @@ def call_member(
         if alone:
             args, kwargs = materialized((args, kwargs))  # of a part of the model that was called by itself
             refuse_gradients(self, args, kwargs)
+            _check_tokens(self, named(cls.forward, args, kwargs))
         with runtime.pipeline_call(cls.__name__, lambda: named(own_call, args, kwargs)), torch.no_grad():
             try:
                 with checks.begin(args, kwargs) if alone and checks is not None else nullcontext():
@@ -83,6 +84,7 @@ def _generate_member(cls: Any, runtime: Runtime) -> Callable[..., Any]:
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         streamer = kwargs.pop("streamer", None)
         args, kwargs = materialized((args, kwargs))
+        _check_tokens(self, named(own_generate, args, kwargs))
 
         def compared() -> dict[str, Any]:
             found = {"model.generation_config": self.generation_config, **named(own_generate, args, kwargs)}
@@ -96,6 +98,16 @@ def _generate_member(cls: Any, runtime: Runtime) -> Callable[..., Any]:
             return _plain(own_generate(self, *args, **kwargs))
 
     return generate
+
+
+def _check_tokens(model: Any, given: dict[str, Any]) -> None:
+    """Raise InputError for tokens beyond the vocabulary, on which the embedding would fail, on one stage only. Models
+    with images have tokens of their own for these."""
+    ids = next((given[name] for name in ("input_ids", "inputs") if given.get(name) is not None), None)
+    size = getattr(model.config, "vocab_size", None)
+    plain = isinstance(ids, torch.Tensor) and not ids.is_floating_point() and ids.numel()
+    if plain and size is not None and not size > (last := int(ids.max())):
+        raise InputError(f"input_ids has the token {last}, and the vocabulary of {type(model).__name__} has {size}")
 
 
 def _plain(out: Any) -> Any:

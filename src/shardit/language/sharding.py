@@ -18,7 +18,7 @@ from shardit.core.decoder.link import Link
 from shardit.core.decoder.stages import DecoderStages
 from shardit.core.modules.absent import mark_absent, partial_state_dict, refuse_partial_states
 from shardit.core.modules.blocks import drop_blocks, find_blocks
-from shardit.core.modules.patching import fixed_device_to, subclass_in_place
+from shardit.core.modules.patching import fixed_device_to, plain_class, subclass_in_place
 from shardit.core.placement.partition import balanced_cuts
 from shardit.core.stages.runtime import Runtime
 from shardit.errors import InputError, UnsupportedError
@@ -141,7 +141,7 @@ def shard_decoder(model: Any, runtime: Runtime, layout: DecoderLayout, config: D
         cut_model(model, layout.slices, Collectives(runtime.mesh.axes["tp"]), type(model).__name__)
     stages, checks = None, getattr(model, "shardit_checks", None)
     if runtime.mesh.pp_size > 1:
-        caches = StageCaches(layout.owners, runtime.comm.rank)
+        caches = StageCaches(layout.owners, runtime.comm.rank, [plain_class(block) for _, block in blocks])
         link = Link(runtime.comm, runtime.turns.let_others)
         stages = DecoderStages(model, link, blocks, layout.owners, caches, collected)
         drop_blocks(model, blocks, layout.owners, runtime.comm.rank, None)

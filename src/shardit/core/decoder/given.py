@@ -40,11 +40,12 @@ class Given:
     def of(
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        mode: Any,
         numbers: dict[Any, int],
         caches_in: Callable[[Sequence[Any]], list[Any]],
     ) -> Given:
-        """Look at the arguments of a call. numbers: of the structures so far; a new one is added. caches_in: returns
-        the caches among leaves."""
+        """Look at the arguments of a call. mode: what else results depend on. numbers: of the structures so far; a new
+        one is added. caches_in: returns the caches among leaves."""
         mappings = [value for value in (*args, *kwargs.values()) if isinstance(value, MutableMapping)]
         if mappings:
             args, kwargs = tuple(map(_as_dict, args)), {name: _as_dict(value) for name, value in kwargs.items()}
@@ -52,7 +53,7 @@ class Given:
         tensors = [q for q, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
         staged = [leaf for leaf in leaves if type(leaf) is StageTensor]
         first_alone = bool(args) and len(staged) == 1 and staged[0] is args[0] and not mappings
-        number = numbers.setdefault(structure(leaves, spec), len(numbers))
+        number = numbers.setdefault((mode, structure(leaves, spec)), len(numbers))
         caches = caches_in(leaves)
         return Given(args, kwargs, leaves, spec, number, tensors, staged, first_alone, mappings, caches)
 

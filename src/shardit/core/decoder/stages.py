@@ -29,8 +29,12 @@ class CacheTracker(Protocol):
         """Return the caches among the arguments of a block."""
         ...
 
-    def before_call(self, index: int, caches: Sequence[Any], arguments: Sequence[Any], own: bool) -> None:
-        """Prepare a call of block number `index`, on its owner (`own`) and on the others."""
+    def before_call(self, caches: Sequence[Any], arguments: Sequence[Any]) -> None:
+        """Prepare a call of a block, on every rank."""
+        ...
+
+    def advance(self, key: Any, caches: Sequence[Any], arguments: Sequence[Any]) -> None:
+        """Update the caches after a call of a block of another rank, as its owner does. key: see `add_slots`."""
         ...
 
     def snapshot(self, arguments: Sequence[Any]) -> Any:
@@ -42,8 +46,9 @@ class CacheTracker(Protocol):
         UnsupportedError if it keeps other state that other ranks would need."""
         ...
 
-    def add_slots(self, index: int, slots: tuple[int, ...]) -> None:
-        """Record the cache layers that block number `index` updates, on every rank."""
+    def add_slots(self, key: Any, slots: tuple[int, ...]) -> None:
+        """Record the cache layers that a block updates in calls of a structure, on every rank. key: the number of the
+        block, the structure."""
         ...
 
     def end_call(self) -> None:
@@ -118,10 +123,10 @@ class DecoderStages:
         owner, link = self.owners[index], self.link
         given = None if self._given is None else self._given.next(args, kwargs)
         if given is None:
-            given = Given.of(args, kwargs, self._structures, self.caches.among)
+            given = Given.of(args, kwargs, self._mode(index), self._structures, self.caches.among)
         self._given = given
         bring(given.staged, self._each[owner])
-        self.caches.before_call(index, given.caches, given.leaves, owner == link.rank)
+        self.caches.before_call(given.caches, given.leaves)
         key, names = (index, given.structure), self.collector.names()
         if names:
             key, call = (*key, names), self.collector.apart(call)
@@ -132,6 +137,7 @@ class DecoderStages:
         else:
             if known is None or expected is None:
                 known, expected = self._learn_from_owner(key, known, owner)
+            self.caches.advance(key, given.caches, given.leaves)
             for q in known.writes:
                 link.comm.broadcast(given.leaves[q], owner)
             out = self._absent(known, expected, given.leaves, owner)
@@ -145,6 +151,12 @@ class DecoderStages:
             out, collected = out
             self.collector.add(collected)
         return out
+
+    def _mode(self, index: int) -> Any:
+        """Return what besides the arguments decides the dtypes of a block's results."""
+        kind = self.link.device.type
+        dtype = next((parameter.dtype for parameter in self.blocks[index][1].parameters()), None)
+        return dtype, torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
 
     def _own(self, key: Any, call: Callable[..., Any], given: Given, known: Returned | None, expected: Sizes) -> Any:
         link, index, first = self.link, key[0], known is None or expected is None
@@ -239,7 +251,7 @@ class DecoderStages:
         return found, found.sizes_then()
 
     def _remember(self, key: Any, known: Returned | None, found: Returned, slots: tuple[int, ...]) -> None:
-        self.caches.add_slots(key[0], slots)
+        self.caches.add_slots(key, slots)
         try:
             result = found if known is None else narrowed(known, found)
             self._known[key] = self._results.setdefault(result, result)

@@ -6,6 +6,7 @@ import collections.abc
 from collections.abc import Callable
 
 from shardit.language.batching.sequence import RowEnd, Sequence
+from shardit.language.request.text_stream import first_stop
 
 Decode = Callable[[collections.abc.Sequence[int], bool], str]
 """Returns the text of token ids. Second argument: whether to skip special tokens."""
@@ -21,8 +22,8 @@ def end_of(sequence: Sequence, ends: frozenset[int], decode: Decode) -> RowEnd |
         if token in ends and not params.ignore_eos:
             return "stop", None
         text = decode(made, params.skip_special_tokens) if params.stops else ""
-        found = min(((text.find(stop), stop) for stop in params.stops if stop in text), default=None)
-        if found is not None:
+        least = decode(made[: params.min_tokens], params.skip_special_tokens) if params.stops else ""
+        if (found := first_stop(text, params.stops, len(least))) is not None:
             return "stop", found[1]
     assert params.max_tokens is not None
     return ("length", None) if len(made) >= params.max_tokens else None

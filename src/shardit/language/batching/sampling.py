@@ -12,6 +12,9 @@ from shardit.language.request.sampling_params import SamplingParams
 
 OFF = float("-inf")
 
+SHARP = 1e-3
+"""Temperatures below take the most likely token, in practice."""
+
 NO_TOKEN = -1
 """Stands for the next token of a sequence whose grammar cannot go on."""
 
@@ -95,6 +98,8 @@ def _sample(sequence: Sequence, scores: torch.Tensor) -> int:
 
 def _truncated(params: SamplingParams, scores: torch.Tensor) -> torch.Tensor:
     """Return the scores over the temperature, and -inf for tokens that are never sampled."""
+    if params.temperature < SHARP:  # the quotient of a large score would be infinite
+        scores = scores - scores.max()
     scores = scores / params.temperature
     if params.top_k > 0:
         scores = scores.masked_fill(scores < scores.topk(min(params.top_k, len(scores))).values[-1], OFF)

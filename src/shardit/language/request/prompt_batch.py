@@ -8,6 +8,7 @@ from typing import Any
 
 from shardit.language.request.outputs import CompletionOutput, GroupOutput, RequestOutput, RowResult, ended_by_token
 from shardit.language.request.rows import Row
+from shardit.language.request.text_stream import stop_place
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class PromptBatch:
         _, copy, row = self.rows[number]
         text = self.decode(ids[:-1] if ended_by_token(reason, stop) else ids, row)
         if isinstance(stop, str):
-            text = text[: text.index(stop)]
+            least = self.decode(ids[: row.params.min_tokens], row)
+            text = text[: stop_place(text, stop, len(least))]
         return CompletionOutput(copy, text, ids, reason, stop, logprobs)
 
     def outputs(self, results: Sequence[GroupOutput]) -> list[RequestOutput]:

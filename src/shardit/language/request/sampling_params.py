@@ -22,12 +22,15 @@ _stop = Check(
     ),
 )
 
+MAX_BIAS = 1e9
+"""Largest logit bias: the sum must remain a finite number, also over a small temperature."""
+
 _bias = matching(
-    "numbers by tokens, as in {13: -100.0}",
+    f"numbers by tokens, as in {{13: -100.0}}, within {MAX_BIAS:g}",
     lambda value: (
         isinstance(value, Mapping)
         and all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in value)
-        and all(is_number(one) for one in value.values())
+        and all(is_number(one) and abs(one) <= MAX_BIAS for one in value.values())
     ),
 )
 
@@ -55,7 +58,7 @@ class SamplingParams:
     repetition_penalty: float = declare(
         1.0,
         "Penalty on tokens of the prompt and of the text so far; values below 1 encourage them.",
-        number(above=0),
+        number(1e-6, 1e6),
     )
     presence_penalty: float = declare(0.0, "Subtracted from the logits of tokens in the text so far.", number(-2, 2))
     frequency_penalty: float = declare(

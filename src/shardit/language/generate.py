@@ -105,8 +105,9 @@ def _check_tokens(model: Any, given: dict[str, Any]) -> None:
     with images have tokens of their own for these."""
     ids = next((given[name] for name in ("input_ids", "inputs") if given.get(name) is not None), None)
     size = getattr(model.config, "vocab_size", None)
-    plain = isinstance(ids, torch.Tensor) and not ids.is_floating_point() and ids.numel()
-    if plain and size is not None and not size > (last := int(ids.max())):
+    if size is None or not isinstance(ids, torch.Tensor) or ids.is_floating_point() or not ids.numel():
+        return
+    if (last := int(ids.max())) >= size:
         raise InputError(f"input_ids has the token {last}, and the vocabulary of {type(model).__name__} has {size}")
 
 

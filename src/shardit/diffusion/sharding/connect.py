@@ -22,7 +22,7 @@ from shardit.core.placement.assignment import Assignment, Cut
 from shardit.core.stages.entry import entry_of, pipeline_entry
 from shardit.core.stages.overlap import overlap
 from shardit.core.stages.runtime import Runtime
-from shardit.core.stages.stages import stage
+from shardit.core.stages.stages import Stages, stage
 from shardit.diffusion.family import FAMILY, LIBRARIES, wrap_attention_back_ends
 from shardit.diffusion.roles import denoises, left_whole
 from shardit.diffusion.sharding.adapters import collective_fuse, local_set_device
@@ -128,7 +128,8 @@ def shard_model(
         if type(part) is not plain_class(part):
             FAMILY.register(plain_class(part), type(part))
     guard(model, name or type(model).__name__, mesh)
-    staged = [block for block, _ in model.shardit_stages.cut.blocks] if mesh.pp_size > 1 else []
+    found: Stages | None = getattr(model, "shardit_stages", None)
+    staged = [] if found is None or mesh.pp_size == 1 else [block for block, _ in found.cut.blocks]
     refuse_partial_states(model, [*staged, *(slices.cuts if slices else ())], LIBRARIES)
     mark_absent(model, torch.device(mesh.device), LIBRARIES)
     sharding = ComponentSharding(name, model, config, runtime, True, cut.plan, assignment, slices)

@@ -14,6 +14,10 @@ INTERRUPTED = 130
 def main() -> int:
     """Run the command line and return the exit code, which is the same for Ctrl-C during its imports."""
     try:
+        from shardit.errors import note_interrupt
+
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, note_interrupt)
         from shardit.cli import main as run
 
         code = run()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import signal
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class InputError(ValueError):
@@ -42,9 +44,21 @@ def listed(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + more
 
 
+_interrupts: list[int] = []
+"""Signals that `note_interrupt` has received."""
+
+
+def note_interrupt(number: int, frame: Any) -> None:
+    """Handle SIGINT as Python does, and note it: imports of libraries may lose the KeyboardInterrupt."""
+    _interrupts.append(number)
+    signal.default_int_handler(number, frame)
+
+
 def is_interrupt(error: BaseException) -> bool:
     """Return whether an exception comes of Ctrl-C: imports of libraries, and Python until 3.11 in `__set_name__`, turn
-    a KeyboardInterrupt into another error with that as its cause."""
+    a KeyboardInterrupt into another error with that as its cause, or lose it and fail afterwards."""
+    if _interrupts and isinstance(error, ImportError):
+        return True
     seen: set[int] = set()
     todo: list[BaseException | None] = [error]
     while todo:

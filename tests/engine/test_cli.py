@@ -439,6 +439,7 @@ def test_interrupted_while_it_is_imported(monkeypatch, capsys, interrupt):
 
     ended = []
     monkeypatch.setattr(entry, "end_process", ended.append)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # this process keeps its handler
     monkeypatch.delitem(sys.modules, "shardit.cli")
     monkeypatch.setattr(sys, "meta_path", [Interrupts(), *sys.meta_path])
     assert entry.main() == 130
@@ -451,3 +452,22 @@ def test_interrupted_while_libraries_are_imported(monkeypatch, capsys, interrupt
     monkeypatch.setattr("shardit.language.loading.source.known_decoder", lambda *_: interrupt())
     assert main(["inspect", "tiny/flux"]) == 130
     assert capsys.readouterr().err == ""
+
+
+def test_ctrl_c_that_an_import_loses():
+    """numpy fails in a later import, torch goes on without it, and transformers fails for that."""
+    code = """
+import os, signal, sys
+class Pressed:
+    done = False
+    def find_spec(self, name, path=None, target=None):
+        if name == "numpy.linalg" and not Pressed.done:
+            Pressed.done = True
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Pressed())
+from shardit.__main__ import main
+main()
+"""
+    command = [sys.executable, "-c", code, "inspect", "tiny/llama"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    assert (done.returncode, done.stderr) == (130, "")

@@ -293,8 +293,9 @@ def compare_number_formats(rank: int, count: int, method: str) -> list[bool]:
         model.to(dtype)
         found.append(same())
     for call in (model.generate, model):
-        with pytest.raises(InputError, match="has the token 999, and the vocabulary of LlamaForCausalLM has 128"):
-            call(torch.tensor([[5, 999]]))
+        for wrong in (999, -1):
+            with pytest.raises(InputError, match=f"the token {wrong}, and those of LlamaForCausalLM go from 0 to 127"):
+                call(torch.tensor([[5, wrong]]))
     return [*found, same()]
 
 

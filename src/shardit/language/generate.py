@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import GenerationConfig, QuantizedCache
 
 from shardit.core.decoder.stage_tensor import materialized
@@ -34,7 +35,7 @@ def members_of(
     cls = type(model)
     members = {
         "__call__": call_member(cls, stages, runtime, collected),
-        "generate": _generate_member(cls, runtime),
+        "generate": _generate_member(cls, stages, runtime),
         "_get_stopping_criteria": criteria_member(cls, stages, runtime),
         "_get_logits_processor": processors_member(cls, runtime),
         "_get_candidate_generator": candidates_member(cls, runtime),
@@ -64,8 +65,9 @@ def call_member(
         if alone:
             args, kwargs = materialized((args, kwargs))  # of a part of the model that was called by itself
             refuse_gradients(self, args, kwargs)
-            _check_tokens(self, named(cls.forward, args, kwargs))
         with runtime.pipeline_call(cls.__name__, lambda: named(own_call, args, kwargs)), torch.no_grad():
+            if alone and stages is not None:
+                _check_tokens(self, named(cls.forward, args, kwargs))
             try:
                 with checks.begin(args, kwargs) if alone and checks is not None else nullcontext():
                     out = collected.of_all_heads(own_call(self, *args, **kwargs))
@@ -77,14 +79,13 @@ def call_member(
     return __call__
 
 
-def _generate_member(cls: Any, runtime: Runtime) -> Callable[..., Any]:
+def _generate_member(cls: Any, stages: DecoderStages | None, runtime: Runtime) -> Callable[..., Any]:
     own_generate = cls.generate
 
     @functools.wraps(own_generate)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         streamer = kwargs.pop("streamer", None)
         args, kwargs = materialized((args, kwargs))
-        _check_tokens(self, named(own_generate, args, kwargs))
 
         def compared() -> dict[str, Any]:
             found = {"model.generation_config": self.generation_config, **named(own_generate, args, kwargs)}
@@ -93,6 +94,8 @@ def _generate_member(cls: Any, runtime: Runtime) -> Callable[..., Any]:
             }
 
         with runtime.pipeline_call(f"{cls.__name__}.generate", compared):
+            if stages is not None:
+                _check_tokens(self, named(own_generate, args, kwargs))
             if streamer is not None:
                 kwargs["streamer"] = AlikeStreamer(streamer, runtime)
             return _plain(own_generate(self, *args, **kwargs))
@@ -102,13 +105,18 @@ def _generate_member(cls: Any, runtime: Runtime) -> Callable[..., Any]:
 
 def _check_tokens(model: Any, given: dict[str, Any]) -> None:
     """Raise InputError for tokens beyond the vocabulary, on which the embedding would fail, on one stage only. Models
-    with images have tokens of their own for these."""
+    with images may have tokens of their own for these."""
     ids = next((given[name] for name in ("input_ids", "inputs") if given.get(name) is not None), None)
-    size = getattr(model.config, "vocab_size", None)
-    if size is None or not isinstance(ids, torch.Tensor) or ids.is_floating_point() or not ids.numel():
+    if not isinstance(ids, torch.Tensor) or ids.is_floating_point() or not ids.numel():
         return
-    if (last := int(ids.max())) >= size:
-        raise InputError(f"input_ids has the token {last}, and the vocabulary of {type(model).__name__} has {size}")
+    table = model.get_input_embeddings()
+    if model.config.get_text_config() is not model.config or not isinstance(table, nn.Embedding):
+        return
+    size = max(table.num_embeddings, model.config.vocab_size)  # of slices, and with rows for more tokens
+    if wrong := [token for token in (int(ids.min()), int(ids.max())) if not 0 <= token < size]:
+        raise InputError(
+            f"input_ids has the token {wrong[0]}, and those of {type(model).__name__} go from 0 to {size - 1}"
+        )
 
 
 def _plain(out: Any) -> Any:

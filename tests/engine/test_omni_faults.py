@@ -259,7 +259,7 @@ def test_made_in_a_thread_that_ends():
 def test_close():
     omni = make()
     threading.Timer(0.3, omni.close).start()
-    with pytest.raises(InputError, match="close\(\) was called in another thread"):
+    with pytest.raises(InputError, match="close\(\) was called while a call waited"):
         omni.generate("sleep:30")
     omni.close()
     with pytest.raises(InputError, match="closed"):

@@ -193,8 +193,8 @@ def _serve_texts(found: dict[str, Any]) -> list[str]:
         ]
         lines.append(_row(one["clients"], *(f"{1000 * value:.1f}" for value in times)))
     lines.append("A long prompt beside eight texts, ms")
-    lines.append(_row("", "step", "longest", "longer by", "one chunk", "first token"))
+    lines.append(_row("", "step", "longest", "longer by", "first chunk", "last chunk", "first token"))
     for name, row in found["long_prompt"].items():
-        order = ("usual_step_s", "longest_step_s", "lengthened_by_s", "chunk_alone_s", "first_token_s")
-        lines.append(_row(name, *(f"{1000 * row[each]:.1f}" for each in order)))
+        order = ("usual_step_s", "longest_step_s", "lengthened_by_s", "chunk_alone_s", "last_chunk_s", "first_token_s")
+        lines.append(_row(name, *(f"{1000 * row[each]:.1f}" if each in row else "" for each in order)))
     return lines

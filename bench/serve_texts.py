@@ -189,12 +189,23 @@ def generated(size: Size, llm: Any, todo: list[str], clients: int) -> None:
 
 def _beside_a_long_prompt(size: Size, server: Served, rounds: int) -> dict[str, float]:
     """Running texts while a long prompt arrives: their usual step and their longest one then, the time to the first
-    token of the long prompt, and the time of one chunk alone."""
+    token of the long prompt, and the time of one chunk alone, the first and the last one of a prompt."""
     chunk = [streamed(server.connect(), body_of(words(n, CHUNK), 1, stream=True)).first_s for n in range(rounds + 1)]
+    last = [_last_chunk(size, server, number) for number in range(rounds + 1)]
     rows = [_one_long_prompt(size, server, number) for number in range(rounds + 1)][1:]
     names = ("usual_step_s", "longest_step_s", "first_token_s")
     found = {name: median(row[place] for row in rows) for place, name in enumerate(names)}
-    return {**found, "lengthened_by_s": median(row[1] - row[0] for row in rows), "chunk_alone_s": median(chunk[1:])}
+    found["lengthened_by_s"] = median(row[1] - row[0] for row in rows)
+    return {**found, "chunk_alone_s": median(chunk[1:]), "last_chunk_s": median(last[1:])}
+
+
+def _last_chunk(size: Size, server: Served, number: int) -> float:
+    """Return the time to the first token of a long prompt of which all but the last chunk has been computed before."""
+    begin, most = f"Case {number}", max(size.long - CHUNK, 1)
+    head = f"{begin} {words(number, most)}"
+    whole = f"{begin} {words(number, most + CHUNK - 4)}"  # a few words are two tokens
+    streamed(server.connect(), body_of(head, 1, stream=True))
+    return streamed(server.connect(), body_of(whole, 1, stream=True)).first_s
 
 
 def _one_long_prompt(size: Size, server: Served, number: int) -> tuple[float, float, float]:

@@ -93,6 +93,7 @@ def test_quick_bench_of_texts(tmp_path: Path) -> None:
         assert 0 < one["token_s"]["p50"] <= one["token_s"]["p99"] < one["request_s"]["p99"]
     chunks, whole = (found["long_prompt"][name] for name in ("chunks", "whole"))
     assert 0 < chunks["usual_step_s"] <= chunks["longest_step_s"] < whole["first_token_s"] + 1
+    assert 0 < chunks["last_chunk_s"] < whole["first_token_s"] + 1
     assert "A long prompt beside eight texts" in printed
 
 

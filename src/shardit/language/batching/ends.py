@@ -21,9 +21,9 @@ def end_of(sequence: Sequence, ends: frozenset[int], decode: Decode) -> RowEnd |
             return "stop", token
         if token in ends and not params.ignore_eos:
             return "stop", None
-        text = decode(made, params.skip_special_tokens) if params.stops else ""
-        least = decode(made[: params.min_tokens], params.skip_special_tokens) if params.stops else ""
-        if (found := first_stop(text, params.stops, len(least))) is not None:
-            return "stop", found[1]
+        if params.stops:
+            text, least = (decode(some, params.skip_special_tokens) for some in (made, made[: params.min_tokens]))
+            if (found := first_stop(text, params.stops, len(least))) is not None:
+                return "stop", found[1]
     assert params.max_tokens is not None
     return ("length", None) if len(made) >= params.max_tokens else None

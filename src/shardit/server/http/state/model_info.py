@@ -27,17 +27,11 @@ _OF_TUPLES = ("forms", "missing")
 def remember(store: Store, model: str, info: Info) -> None:
     """Store the facts about `model`."""
     if isinstance(info, LanguageInfo):
-        kept = {"model": model, "language": {name: getattr(info, name) for name in _OF_LANGUAGE}}
-        if store.recall(_NAME) != kept:
-            store.remember(_NAME, kept)
-        return
-    kept = {
-        "model": model,
-        "notes": list(info.notes),
-        "signatures": [dataclasses.asdict(signature) for signature in info.signatures],
-    }
-    if store.recall(_NAME) != kept:
-        store.remember(_NAME, kept)
+        facts: dict[str, Any] = {"language": {name: getattr(info, name) for name in _OF_LANGUAGE}}
+    else:
+        signatures = [dataclasses.asdict(signature) for signature in info.signatures]
+        facts = {"notes": info.notes, "signatures": signatures}
+    store.remember(_NAME, {"model": model, **facts})
 
 
 def recall(store: Store, model: str) -> Info | None:

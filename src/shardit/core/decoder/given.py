@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from shardit.core.decoder.shapes import Returned, Sizes, sizes, structure
+from shardit.core.decoder.shapes import Looks, Returned, looks, structure
 from shardit.core.decoder.stage_tensor import StageTensor
 
 
@@ -34,7 +34,7 @@ class Given:
     first_alone: bool
     mappings: list[MutableMapping[Any, Any]]
     caches: list[Any]
-    _sizes: dict[int, tuple[Sizes, Returned]] = field(default_factory=dict)
+    _looks: dict[int, tuple[Looks, Returned]] = field(default_factory=dict)
 
     @staticmethod
     def of(
@@ -68,14 +68,14 @@ class Given:
         if any(one is not other for one, other in zip(args[1:], self.args[1:], strict=True)):
             return None
         # A new object: another program may be paused in the call that this one describes.
-        unchanged = self.spec, self.structure, self.tensors, [first], True, self.mappings, self.caches, self._sizes
+        unchanged = self.spec, self.structure, self.tensors, [first], True, self.mappings, self.caches, self._looks
         return Given(args, kwargs, [first, *self.leaves[1:]], *unchanged)
 
-    def sizes(self, known: Returned) -> Sizes:
-        """Return the sizes of the new tensors that a block returns, as far as they are known."""
-        found = self._sizes.get(id(known))
+    def looks(self, known: Returned) -> Looks:
+        """Return what the new tensors that a block returns look like, as far as it is known."""
+        found = self._looks.get(id(known))
         if found is None:
-            found = self._sizes[id(known)] = sizes(known, self.leaves), known  # its id must not become another's
+            found = self._looks[id(known)] = looks(known, self.leaves), known  # its id must not become another's
         return found[0]
 
     def with_data(self) -> tuple[list[Any], tuple[Any, ...], dict[str, Any]]:

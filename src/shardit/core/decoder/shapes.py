@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from shardit.core.decoder.stage_tensor import Look, look_of
 from shardit.errors import UnsupportedError
 
 Dim = int | tuple[int, int]
 """A length, or the number of an argument and that of its dim that is as long."""
 
-Sizes = list[tuple[int, ...] | None] | None
-"""The size of each leaf of a result that is a new tensor; None where several are possible."""
+Looks = list[Look | None] | None
+"""What each leaf of a result that is a new tensor looks like, None for other leaves; None where several sizes are
+possible."""
 
 PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
 
@@ -56,17 +58,19 @@ class Returned:
         """Whether it is one new tensor."""
         return self.spec.is_leaf() and self.leaves[0].dims is not None
 
-    def sizes_then(self) -> Sizes:
-        """Return the sizes in the call that it describes."""
-        return [None if leaf.dims is None else tuple(map(_length, leaf.dims)) for leaf in self.leaves]
+    def looks_then(self) -> Looks:
+        """Return what new tensors look like in the call that it describes."""
+        sizes = ([next(n for n in dim if isinstance(n, int)) for dim in leaf.dims or ()] for leaf in self.leaves)
+        return [None if leaf.dims is None else _look(leaf, size) for leaf, size in zip(self.leaves, sizes, strict=True)]
 
 
 def _returned_as(example: Any, leaves: tuple[Leaf, ...], writes: tuple[int, ...], calls: int) -> Returned:
     return Returned(tree_flatten(example)[1], leaves, writes, calls)
 
 
-def _length(candidates: frozenset[Dim]) -> int:
-    return next(one for one in candidates if isinstance(one, int))
+def _look(leaf: Leaf, size: Sequence[int]) -> Look:
+    assert leaf.dtype is not None
+    return torch.Size(size), strides(tuple(size), leaf.order), 0, leaf.dtype
 
 
 def structure(leaves: Sequence[Any], spec: Any) -> Any:
@@ -144,9 +148,10 @@ def narrowed(known: Returned, found: Returned) -> Returned:
 _ONE = frozenset((1,))
 
 
-def sizes(returned: Returned, arguments: Sequence[Any]) -> Sizes:
-    """Return the sizes of new tensors in a call with these arguments; None if what is known leaves several possible."""
-    found: list[tuple[int, ...] | None] = []
+def looks(returned: Returned, arguments: Sequence[Any]) -> Looks:
+    """Return what new tensors look like in a call with these arguments; None if what is known leaves several sizes
+    possible."""
+    found: list[Look | None] = []
     for leaf in returned.leaves:
         if leaf.dims is None:
             found.append(None)
@@ -159,22 +164,22 @@ def sizes(returned: Returned, arguments: Sequence[Any]) -> Sizes:
             if len(lengths) != 1:
                 return None
             size.append(lengths.pop())
-        found.append(tuple(size))
+        found.append(_look(leaf, size))
     return found
 
 
-def fits(out: Any, writes: tuple[int, ...], known: Returned | None, expected: Sizes) -> bool:
+def fits(out: Any, writes: tuple[int, ...], known: Returned | None, expected: Looks) -> bool:
     """Return whether a result is what the other ranks take it for."""
     assert known is not None
     assert expected is not None
-    if known.lone and type(out) is torch.Tensor:
-        return writes == known.writes and tuple(out.shape) == expected[0] and _as_known(out, known.leaves[0])
+    if known.lone and type(out) is torch.Tensor and writes == known.writes and look_of(out) == expected[0]:
+        return True  # nearly always
     leaves, spec = tree_flatten(out)
     if (spec, writes) != (known.spec, known.writes):
         return False
-    for got, leaf, size in zip(leaves, known.leaves, expected, strict=True):
-        if size is not None:
-            if not isinstance(got, torch.Tensor) or tuple(got.shape) != size or not _as_known(got, leaf):
+    for got, leaf, look in zip(leaves, known.leaves, expected, strict=True):
+        if look is not None:
+            if not isinstance(got, torch.Tensor) or got.shape != look[0] or not _as_known(got, leaf):
                 return False
         elif leaf.arg < 0 and got != leaf.value:
             return False

@@ -23,7 +23,6 @@ from shardit.core.decoder.link import Link
 SMALL = 4096
 """Elements of the largest integer results that all ranks get at once."""
 
-_NONE = frozenset[int]()
 _copies = itertools.count(1)
 
 
@@ -55,8 +54,8 @@ class StageTensor(torch.Tensor):
     data_here: torch.Tensor | None
     memory: Memory
     link: Link
-    copy_ranks: frozenset[int]
-    copy: int
+    copy_ranks: frozenset[int] = frozenset()
+    copy: int = 0
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 
@@ -85,12 +84,14 @@ def stage_tensor(look: Look, data: torch.Tensor | None, memory: Memory, link: Li
     out: Any = torch.Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
         StageTensor, size, strides=strides, storage_offset=offset, dtype=dtype, device=link.device
     )
-    out.data_here, out.memory, out.link, out.copy_ranks, out.copy = data, memory, link, _NONE, 0
+    out.data_here, out.memory, out.link = data, memory, link
     return out
 
 
 def bring(tensors: Sequence[StageTensor], ranks: frozenset[int]) -> None:
     """Let more ranks have the data. Every rank calls this; of the ranks that have a tensor the first sends it."""
+    if all(ranks <= tensor.memory.holders for tensor in tensors):  # nearly always
+        return
     moving = [(tensor, missing) for tensor in dict.fromkeys(tensors) if (missing := ranks - tensor.holders)]
     if not moving:
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from shardit.core.comm.barrier import sendable
 from shardit.core.decoder.given import Given, of_kind
 from shardit.core.decoder.link import Link
-from shardit.core.decoder.shapes import Returned, Sizes, describe, fits, narrowed, strides, without_gaps
+from shardit.core.decoder.shapes import Looks, Returned, describe, fits, narrowed, without_gaps
 from shardit.core.decoder.stage_tensor import Memory, StageTensor, bring, look_of, stage_tensor
 from shardit.core.modules.patching import subclass_in_place
 from shardit.core.runtime.versions import changed, mark
@@ -131,7 +132,7 @@ class DecoderStages:
         if names:
             key, call = (*key, names), self.collector.apart(call)
         known = self._known.get(key)
-        expected = None if known is None or index in self._storing else given.sizes(known)
+        expected = None if known is None or index in self._storing else given.looks(known)
         if owner == link.rank:
             out = self._own(key, call, given, known, expected)
         else:
@@ -158,7 +159,7 @@ class DecoderStages:
         dtype = next((parameter.dtype for parameter in self.blocks[index][1].parameters()), None)
         return dtype, torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
 
-    def _own(self, key: Any, call: Callable[..., Any], given: Given, known: Returned | None, expected: Sizes) -> Any:
+    def _own(self, key: Any, call: Callable[..., Any], given: Given, known: Returned | None, expected: Looks) -> Any:
         link, index, first = self.link, key[0], known is None or expected is None
         plain, args, kwargs = given.with_data()
         before = [mark(plain[q]) for q in given.tensors]
@@ -168,7 +169,7 @@ class DecoderStages:
             args, kwargs, held = of_kind(args, kwargs, given.mappings)
         self._inside = True
         try:
-            with torch.no_grad():
+            with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
                 out = call(*args, **kwargs)
             if given.mappings:
                 out = out, given.written(args, kwargs, held)
@@ -206,17 +207,15 @@ class DecoderStages:
                 leaves[number] = stage_tensor(look_of(leaf), leaf, Memory(self._each[self.link.rank]), self.link)
         return tree_unflatten(leaves, spec)
 
-    def _absent(self, known: Returned, expected: Sizes, arguments: list[Any], owner: int) -> Any:
+    def _absent(self, known: Returned, expected: Looks, arguments: list[Any], owner: int) -> Any:
         """Return the result of a block of another rank."""
         assert expected is not None
-        leaves: list[Any] = []
-        for leaf, size in zip(known.leaves, expected, strict=True):
-            if size is None:
-                leaves.append(arguments[leaf.arg] if leaf.arg >= 0 else leaf.value)
-                continue
-            assert leaf.dtype is not None
-            look = torch.Size(size), strides(size, leaf.order), 0, leaf.dtype
-            leaves.append(stage_tensor(look, None, Memory(self._each[owner]), self.link))
+        leaves: list[Any] = [
+            stage_tensor(look, None, Memory(self._each[owner]), self.link)
+            if look is not None
+            else (arguments[leaf.arg] if leaf.arg >= 0 else leaf.value)
+            for leaf, look in zip(known.leaves, expected, strict=True)
+        ]
         return leaves[0] if known.lone else tree_unflatten(leaves, known.spec)
 
     def _teach(
@@ -242,13 +241,13 @@ class DecoderStages:
         self.link.comm.group.broadcast_object((found, slots), self.link.rank)
         self._remember(key, known, found, slots)
 
-    def _learn_from_owner(self, key: Any, known: Returned | None, owner: int) -> tuple[Returned, Sizes]:
+    def _learn_from_owner(self, key: Any, known: Returned | None, owner: int) -> tuple[Returned, Looks]:
         told = self.link.comm.group.broadcast_object(None, owner)
         if isinstance(told, Exception):
             raise told
         found, slots = told
         self._remember(key, known, found, slots)
-        return found, found.sizes_then()
+        return found, found.looks_then()
 
     def _remember(self, key: Any, known: Returned | None, found: Returned, slots: tuple[int, ...]) -> None:
         self.caches.add_slots(key, slots)

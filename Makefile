@@ -9,7 +9,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Processes that run tests, each a whole file: while one waits, another computes.
 WORKERS ?= 2
 
-.PHONY: demo test test-full matrix survey transformers lint api size bench bench-serve gpu install clean
+.PHONY: demo test test-full matrix survey coverage transformers lint api size bench bench-serve gpu install clean
 
 demo: export DEMO_STARTED := $(shell date +%s)
 demo: install ## two stages make a video; compared with one rank
@@ -20,6 +20,12 @@ test: install ## the fast tests
 
 test-full: install ## all tests, the long matrix too
 	$(BIN)/python -m pytest
+
+# In a clone, as marks change the package; its tests of texts of the package fail there.
+coverage: install ## share of the statements of src/ that the fast tests run
+	rm -rf .marked && git clone --quiet . .marked && $(BIN)/python -m tests.support.coverage_marks mark .marked
+	-cd .marked && PYTHONPATH=src:. ../$(BIN)/python -m pytest -q -m "not full" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m tests.support.coverage_marks report .marked
 
 matrix: install ## every model on every axis; writes docs/supported-models.md
 	$(BIN)/python -m pytest tests/pipelines/test_matrix.py
@@ -65,4 +71,4 @@ $(BIN)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .marked .pytest_cache .ruff_cache .hypothesis

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -78,10 +79,13 @@ def load_loras(pipe: Any, loras: tuple[Lora, ...]) -> None:
     names = [f"lora_{number}" for number in range(len(loras))]
     for name, lora in zip(names, loras, strict=True):
         try:
+            logging.getLogger("diffusers.loaders.peft").addFilter(_no_error)  # the error says it in one line
             for path, arguments in _parts(lora, pipe):
                 pipe.load_lora_weights(path, adapter_name=name, use_safetensors=True, **arguments)
         except Exception as error:
             raise _not_loaded(lora, pipe, error) from error
+        finally:
+            logging.getLogger("diffusers.loaders.peft").removeFilter(_no_error)
         held = {one for adapters in pipe.get_list_adapters().values() for one in adapters}
         if name not in held:  # diffusers only warns of a file without any key of this pipeline
             raise InputError(f"lora {lora.path} holds nothing for {type(pipe).__name__}: it is for another model")
@@ -89,6 +93,10 @@ def load_loras(pipe: Any, loras: tuple[Lora, ...]) -> None:
     for part in pipe.components.values():
         if getattr(part, "peft_config", None):
             part.eval()  # a file may ask for dropout, which its trainer used
+
+
+def _no_error(record: logging.LogRecord) -> bool:
+    return record.levelno < logging.ERROR
 
 
 def _parts(lora: Lora, pipe: Any) -> list[tuple[str, dict[str, Any]]]:

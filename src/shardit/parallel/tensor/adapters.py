@@ -139,6 +139,8 @@ def _loading(cls: Any, name: str, plan: TensorPlan, ranks: Collectives) -> Calla
             lost = f"; with it {', '.join(others)} of this model were unloaded" if others else ""
             if isinstance(error, UnsupportedError):
                 raise UnsupportedError(f"{error}{lost}") from error
+            if "size mismatch" in str(error) and "magnitude" not in str(error):  # DoRA's fits the whole weight only
+                raise RuntimeError(f"{error}{lost}") from error
             raise UnsupportedError(
                 f"the adapter is not plain LoRA, and its linears are cut ({first_line(error)}): merge it before, "
                 f"{ONE_RANK}{lost}"

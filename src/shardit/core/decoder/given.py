@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,10 +64,11 @@ class Given:
             return None
         first, before, own = args[0], self.args[0], self.kwargs
         alike = type(first) is StageTensor and first.dtype == before.dtype and first.shape == before.shape
-        if not alike or any(name not in own or own[name] is not value for name, value in kwargs.items()):
+        if not alike or (len(args) > 1 and any(map(operator.is_not, args[1:], self.args[1:]))):
             return None
-        if any(one is not other for one, other in zip(args[1:], self.args[1:], strict=True)):
-            return None
+        for name, value in kwargs.items():
+            if own.get(name, self) is not value:
+                return None
         # A new object: another program may be paused in the call that this one describes.
         unchanged = self.spec, self.structure, self.tensors, [first], True, self.mappings, self.caches, self._looks
         return Given(args, kwargs, [first, *self.leaves[1:]], *unchanged)

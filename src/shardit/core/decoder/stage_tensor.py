@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,31 +168,44 @@ def _kind(func: Any) -> _Kind:
 
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     kind = _kind(func)
-    leaves = tree_leaves((args, kwargs)) if kwargs else tree_leaves(args)
-    staged: list[StageTensor] = [leaf for leaf in leaves if type(leaf) is StageTensor]
+    staged = _staged((*args, *kwargs.values()))
     link = staged[0].link
     if kind.without_data:
-        return func(*tree_map(_example, args), **kwargs)
+        return func(*_each(_example, args), **kwargs)
     changed = [args[w] if isinstance(w, int) else kwargs[w] for w in kind.writes if w in kwargs or isinstance(w, int)]
-    if kind.reads_values or any(type(leaf) is not StageTensor for leaf in tree_leaves(changed)):
+    if kind.reads_values or (changed and len(_staged(changed)) < len(tree_leaves(changed))):
         bring(staged, link.everyone)
-        out = func(*tree_map(_data, args), **tree_map(_data, kwargs))
-        for leaf in tree_leaves(changed):
-            if type(leaf) is StageTensor:
-                written(leaf, link.everyone)
+        out = _with_data(func, args, kwargs)
+        for leaf in _staged(changed):
+            written(leaf, link.everyone)
         return _result(changed) if changed else out
     ranks = _ranks(staged)
     if kind.draws:
         out = _drawn(func, args, kwargs, ranks, link)
     elif link.rank in ranks:
-        out = func(*tree_map(_data, args), **tree_map(_data, kwargs))
+        out = _with_data(func, args, kwargs)
     elif changed:
         out = None
     else:
         out = _shapes(func, args, kwargs)
-    for leaf in tree_leaves(changed):
+    for leaf in _staged(changed):
         written(leaf, ranks)
     return _result(changed) if changed else _wrapped(out, kind, staged[0], ranks, link)
+
+
+def _staged(values: Iterable[Any]) -> list[StageTensor]:
+    """Return the stage tensors among values and in lists of values: what operations take has no deeper containers."""
+    leaves = (leaf for value in values for leaf in (value if type(value) in (list, tuple) else (value,)))
+    return [leaf for leaf in leaves if type(leaf) is StageTensor]
+
+
+def _each(function: Callable[[Any], Any], values: Iterable[Any]) -> list[Any]:
+    """Apply a function to values and in lists of values. Pytree does so, too, but takes longer than most operations."""
+    return [[*map(function, one)] if type(one) in (list, tuple) else function(one) for one in values]
+
+
+def _with_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func(*_each(_data, args), **dict(zip(kwargs, _each(_data, kwargs.values()), strict=True)))
 
 
 def _result(changed: list[Any]) -> Any:
@@ -234,7 +247,7 @@ def _drawn(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ranks: froz
     that run it."""
     generator = kwargs.get("generator") or global_generator(link.device)
     if link.rank in ranks:
-        out = func(*tree_map(_data, args), **tree_map(_data, kwargs))
+        out = _with_data(func, args, kwargs)
     else:
         out = _shapes(func, args, {name: value for name, value in kwargs.items() if name != "generator"})
     if len(ranks) < link.size:

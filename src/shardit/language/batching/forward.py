@@ -18,7 +18,7 @@ WINDOW_MASKS = ("create_sliding_window_causal_mask", "create_chunked_causal_mask
 class Forward:
     """A model, and its calls. Prepares arguments as `generate` of transformers does.
 
-    has_cache: whether its state is a cache of transformers, created here. joins: whether rows of it can join and leave.
+    has_cache: whether its state is a cache of transformers, created here. joins: whether rows can join and leave it.
     only_states: whether it is one of states without keys. masks_windows: whether its code masks what a sliding window
     hides, in prompts that continue, too.
     """
@@ -28,7 +28,7 @@ class Forward:
         self._takes = set(inspect.signature(type(model).forward).parameters)
         self.has_cache = model._supports_default_dynamic_cache()
         cache = self.new_cache()
-        self.joins = self.has_cache and can_join(cache)
+        self.joins = self.has_cache and can_join(cache) and not _follows_length(model)
         self.only_states = self.joins and all(cache.is_linear)
         code, slides = vars(sys.modules[type(model).__module__]), self.joins and any(cache.is_sliding)
         self.masks_windows = not slides or any(name in code for name in WINDOW_MASKS)
@@ -79,6 +79,14 @@ class Forward:
         """Set the number of logits last: some families (Falcon-H1, Zamba 2) set that of their configuration."""
         if "logits_to_keep" in self._takes:
             prepared["logits_to_keep"] = keep
+
+
+def _follows_length(model: Any) -> bool:
+    """Return whether the rotary frequencies of a call follow its largest position (longrope, dynamic): rows of a batch
+    would change each other's texts, and chunks of a prompt its own."""
+    kinds = [module.rope_type for module in model.modules() if hasattr(module, "rope_type")]
+    names = [name for kind in kinds for name in (kind.values() if isinstance(kind, dict) else [kind])]
+    return any("longrope" in str(name) or "dynamic" in str(name) for name in names)
 
 
 def _mask(lengths: list[int], columns: int) -> torch.Tensor:

@@ -36,7 +36,7 @@ from shardit.diffusion.sharding.decision import describe_blocks, describe_layout
 from shardit.diffusion.sharding.layout import Layout, lay_out, warn_unmet
 from shardit.errors import InputError, UnsupportedError
 from shardit.language.loading.source import named_decoder
-from shardit.language.parallel import is_decoder, is_split, load_decoder, parallelize_decoder
+from shardit.language.parallel import is_decoder, is_split, load_decoder, parallelize_decoder, refuse_generator
 from shardit.language.preflight import check_decoder_options
 from shardit.loading.dtypes import setting
 from shardit.parallel.tensor.apply import TensorPlan, plan_components, shard_components
@@ -73,6 +73,7 @@ def parallelize(
         return parallelize_decoder(target, config, plan, timeout_s)
     modules = components_of(target)
     if modules is None:
+        refuse_generator(target, config)
         _check_alone(target, config, plan)
     given = modules if modules is not None else {ALONE: target}
     earlier = {name: sharding for name, module in given.items() if (sharding := sharding_of(module)) is not None}
@@ -203,6 +204,8 @@ def load(
         device_kind(str(device))
     if not model:
         raise InputError("no model given: name a folder, a hub id or tiny/NAME")
+    if not isinstance(model, (str, os.PathLike)):
+        raise InputError(f"model must be a folder, a hub id or tiny/NAME, got {model!r:.80}")
     source = named_decoder(model)
     if source is not None:
         given = {"plan": plan, "pipeline_class": pipeline_class, "model_config": model_config}

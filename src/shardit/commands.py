@@ -74,8 +74,9 @@ def inspect(flags: InspectFlags) -> None:
     if source is None and configs is None:
         source = named_decoder(flags.what())
     if source is not None:
-        from shardit.language.preflight import check_decoder
+        from shardit.language.preflight import check_decoder, check_decoder_options
 
+        check_decoder_options(flags.what(), {}, options)
         check_decoder(source, config, None)
         from shardit.engine.inspect_language import inspect_decoder
 

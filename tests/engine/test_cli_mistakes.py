@@ -258,3 +258,18 @@ def test_switches():
         for default in (False, True):
             assert switch("A", {"A": text}, default) == (default if is_on is None else is_on)
     assert switch("A", {}, default=True)
+
+
+def test_a_language_model_has_no_variant(capsys: pytest.CaptureFixture[str]) -> None:
+    err = refused(capsys, "inspect", "tiny/llama", "--variant", "fp16")
+    assert err == "error: variant: tiny/llama holds a language model, which takes none; leave it out\n"
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_closed_standard_streams(closed: str) -> None:
+    command = f"{sys.executable} -m shardit.cli complete tiny/llama --max-tokens 2 --prompt hi"
+    command = command.removesuffix(" --prompt hi") if closed == "<&-" else command
+    done = subprocess.run(["sh", "-c", f"{command} {closed}"], capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in done.stderr
+    expected = (2, "error: standard input is empty; send a text to continue, or give --prompt\n")
+    assert (done.returncode, done.stderr) == expected if closed == "<&-" else done.returncode == 0

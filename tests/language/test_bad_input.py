@@ -279,3 +279,54 @@ def test_a_tokenizer_that_cannot_be_read_ends_the_ranks(llm: LLM, monkeypatch: p
     with pytest.raises(ZeroDivisionError):
         LLM(llm._ranks.spec.model)
     assert closed
+
+
+def test_a_chat_template_in_a_file(llm: LLM, tmp_path: Path) -> None:
+    user = [{"role": "user", "content": "x"}]
+    (path := tmp_path / "template.jinja").write_text(KNOWN_ROLES)
+    expected = llm.chat_prompt(user, chat_template=KNOWN_ROLES)
+    assert llm.chat_prompt(user, chat_template=path) == llm.chat_prompt(user, chat_template=str(path)) == expected
+    refused(
+        "chat_template is no template, and no file", llm.chat_prompt, user, chat_template=str(tmp_path / "no.jinja")
+    )
+    refused("drops messages with the role 'user'", llm.chat_prompt, user, chat_template="{{ 'be kind' }}")
+
+
+def test_a_text_with_a_token_beyond_the_vocabulary(tmp_path: Path) -> None:
+    tokens = tokenizer()
+    write(tmp_path, eos_token_id=[1, len(tokens) + 5])
+    tokens.add_tokens(["<new>"])
+    tokens.save_pretrained(tmp_path)
+    with LLM(tmp_path, device="cpu", timeout_s=60) as llm:
+        refused("prompt has '<new>', token 259, and the model knows those from 0 to 258", llm.generate, ["a", "b<new>"])
+        made = llm.generate("a", Params(max_tokens=3, min_tokens=2, temperature=0))  # an end token beyond it, too
+        assert len(made[0].outputs[0].token_ids) >= 2
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "generation_config.json is damaged"),
+        ("[1]", "generation_config.json is damaged"),
+        ('{"eos_token_id": "<end>"}', "generation_config.json: eos_token_id must be a token id or a list of these"),
+    ],
+)
+def test_a_damaged_generation_config(tmp_path: Path, text: str, says: str) -> None:
+    (write(tmp_path) / "generation_config.json").write_text(text)
+    refused(says, shardit.load, tmp_path)
+
+
+def test_an_adapter_beside_the_model(tmp_path: Path) -> None:
+    (write(tmp_path) / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}')
+    refused("holds an adapter besides the model: give it as lora=", shardit.load, tmp_path)
+    refused("has no adapter_model.safetensors", shardit.load, tmp_path, lora=str(tmp_path))
+
+
+def test_values_of_the_generation_config_that_are_not_applied(tmp_path: Path) -> None:
+    with LLM(write(tmp_path, no_repeat_ngram_size=2), device="cpu", timeout_s=60) as llm:
+        assert llm.notes == ["generation_config.json asks for no_repeat_ngram_size, which is not applied"]
+
+
+def test_a_model_that_is_no_name() -> None:
+    for model in (5, ["tiny/llama"]):
+        refused("model must be a folder, a hub id or tiny/NAME, got ", shardit.load, model)

@@ -125,6 +125,7 @@ FAMILY = Family(
     processors=MODELS,
     register=register,
     unload_adapters=unload_adapters,
+    merging="fuse_lora, unload_lora_weights",
 )
 
 LIBRARIES = Libraries(

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from itertools import accumulate
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardit.config import DiffusionParallelConfig, config_of
@@ -31,7 +32,7 @@ from shardit.language.loading.source import decoder_source
 from shardit.language.options import LanguageOptions
 from shardit.language.preflight import check_decoder
 from shardit.language.request.defaults import recommended
-from shardit.language.request.messages import chat_tokens, conversations_of, tool_notes
+from shardit.language.request.messages import chat_tokens, conversations_of, template_text, tool_notes
 from shardit.language.request.outputs import CompletionChunk, GroupOutput, RequestOutput
 from shardit.language.request.prompt_batch import PromptBatch
 from shardit.language.request.prompts import (
@@ -205,7 +206,7 @@ class LLM:
         *,
         use_tqdm: bool = True,
         add_generation_prompt: bool = True,
-        chat_template: str | None = None,
+        chat_template: str | Path | None = None,
         tools: Sequence[Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer conversations: a list of messages ({"role": ..., "content": ...}), or a list of such lists. Other
@@ -222,11 +223,12 @@ class LLM:
         messages: Sequence[Any],
         *,
         add_generation_prompt: bool = True,
-        chat_template: str | None = None,
+        chat_template: str | Path | None = None,
         tools: Sequence[Any] | None = None,
     ) -> dict[str, Any]:
         """Return the prompt that the chat template makes of a conversation, for `generate` and `stream`. Warns if the
-        template shows no tools."""
+        template shows no tools. chat_template: its text, or the path of a file with it."""
+        chat_template = template_text(chat_template)
         for note in tool_notes(tools, chat_template or self._tokenizer.chat_template):
             log.warning(note)
         return {"prompt_token_ids": chat_tokens(self._tokenizer, messages, chat_template, tools, add_generation_prompt)}

@@ -18,6 +18,7 @@ from shardit.core.runtime.digests import named
 from shardit.core.runtime.no_gradients import refuse_gradients
 from shardit.core.stages.runtime import Runtime
 from shardit.errors import InputError, UnsupportedError
+from shardit.language.changes import Changes
 from shardit.language.collected import CollectedOutputs
 from shardit.language.user_code import AlikeStreamer, candidates_member, criteria_member, processors_member
 from shardit.parallel.tensor.check.units import Checks
@@ -29,13 +30,13 @@ _QUANTIZED = (
 
 
 def members_of(
-    model: Any, stages: DecoderStages | None, runtime: Runtime, collected: CollectedOutputs
+    model: Any, stages: DecoderStages | None, runtime: Runtime, collected: CollectedOutputs, changes: Changes
 ) -> dict[str, Callable[..., Any]]:
     """Return the methods of a model over stages or tensor ranks."""
     cls = type(model)
     members = {
-        "__call__": call_member(cls, stages, runtime, collected),
-        "generate": _generate_member(cls, stages, runtime),
+        "__call__": call_member(cls, stages, runtime, collected, changes=changes),
+        "generate": _generate_member(cls, stages, runtime, changes),
         "_get_stopping_criteria": criteria_member(cls, stages, runtime),
         "_get_logits_processor": processors_member(cls, runtime),
         "_get_candidate_generator": candidates_member(cls, runtime),
@@ -51,9 +52,10 @@ def call_member(
     runtime: Runtime,
     collected: CollectedOutputs,
     checks: Checks | None = None,
+    changes: Changes | None = None,
 ) -> Callable[..., Any]:
     """Return the `__call__` of a model, or of the headless model inside it; called directly, it returns plain tensors.
-    checks: of the slices of the enclosing model."""
+    checks, changes: of the slices of the enclosing model, and of users."""
     own_call: Any = cls.__call__
 
     @functools.wraps(own_call)
@@ -66,6 +68,8 @@ def call_member(
             args, kwargs = materialized((args, kwargs))  # of a part of the model that was called by itself
             refuse_gradients(self, args, kwargs)
         with runtime.pipeline_call(cls.__name__, lambda: named(own_call, args, kwargs)), torch.no_grad():
+            if alone and changes is not None:
+                changes.check()
             if alone and stages is not None:
                 _check_tokens(self, named(cls.forward, args, kwargs))
             try:
@@ -79,7 +83,7 @@ def call_member(
     return __call__
 
 
-def _generate_member(cls: Any, stages: DecoderStages | None, runtime: Runtime) -> Callable[..., Any]:
+def _generate_member(cls: Any, stages: DecoderStages | None, runtime: Runtime, changes: Changes) -> Callable[..., Any]:
     own_generate = cls.generate
 
     @functools.wraps(own_generate)
@@ -94,6 +98,7 @@ def _generate_member(cls: Any, stages: DecoderStages | None, runtime: Runtime) -
             }
 
         with runtime.pipeline_call(f"{cls.__name__}.generate", compared):
+            changes.check()
             if stages is not None:
                 _check_tokens(self, named(own_generate, args, kwargs))
             if streamer is not None:

@@ -12,7 +12,7 @@ from shardit.core.comm.decision import collective_decision
 from shardit.core.comm.mesh import init_mesh
 from shardit.core.modules.compiled import refuse_compiled
 from shardit.core.stages.runtime import Runtime
-from shardit.errors import InputError
+from shardit.errors import InputError, UnsupportedError
 from shardit.language.loading.prepared import PreparedDecoder
 from shardit.language.loading.source import DecoderSource
 from shardit.language.sharding import DecoderLayout, check_axes, lay_out_decoder, shard_decoder
@@ -27,6 +27,22 @@ def is_decoder(model: Any) -> bool:
     kinds = {cls.__name__: cls.__module__ for cls in type(model).__mro__}
     generates = kinds.get("GenerationMixin", "").startswith("transformers.")
     return generates and not getattr(model.config, "is_encoder_decoder", False)
+
+
+def refuse_generator(model: Any, config: DiffusionParallelConfig) -> None:
+    """Raise UnsupportedError for a model that generates tokens and is no decoder alone: code around its blocks calls
+    parts that other stages have."""
+    kinds = {cls.__name__: cls.__module__ for cls in type(model).__mro__}
+    name, stages = type(model).__name__, config.pipeline_parallel_size
+    if kinds.get("PeftModel", "").startswith("peft.") and stages > 1:
+        raise UnsupportedError(
+            f"{name} wraps a model in adapters: give merge_and_unload() of it, or the model inside, base_model.model"
+        )
+    if kinds.get("GenerationMixin", "").startswith("transformers.") and stages > 1:
+        raise UnsupportedError(
+            f"{name} has an encoder and a decoder, which pipeline_parallel_size={stages} does not cut; use "
+            "tensor_parallel_size"
+        )
 
 
 def is_split(config: DiffusionParallelConfig) -> bool:
@@ -46,7 +62,11 @@ def parallelize_decoder(model: Any, config: DiffusionParallelConfig, plan: Any, 
     runtime = Runtime.of(mesh, split_batch=False)
 
     def decide() -> DecoderLayout:
-        refuse_compiled(name, model, ())
+        refuse_compiled(name, model, model.modules() if config.pipeline_parallel_size > 1 else ())
+        if any(hasattr(module, "_hf_hook") for module in model.modules()):
+            raise UnsupportedError(
+                f"{name} was placed by accelerate, and ranks place it themselves: load it without device_map"
+            )
         return lay_out_decoder(model, config)
 
     def describe(found: DecoderLayout) -> dict[str, str]:

@@ -24,6 +24,7 @@ from shardit.core.stages.runtime import Runtime
 from shardit.errors import InputError, UnsupportedError
 from shardit.language.cache_size import cache_bytes, request_tokens
 from shardit.language.caches import StageCaches
+from shardit.language.changes import Changes
 from shardit.language.collected import CollectedOutputs
 from shardit.language.generate import call_member, members_of
 from shardit.language.limits import check_axes
@@ -35,9 +36,12 @@ log = logging.getLogger(__name__)
 
 
 _SAVES = "each rank holds only its own part; save the model before parallelize"
+_VOCABULARY = "each rank holds only its own part of the vocabulary; change it before parallelize"
 _BATCHES = "continuous batches of transformers run in a thread of one rank; use `generate`, or shardit.LLM"
 REFUSED = {
     **dict.fromkeys(("save_pretrained", "push_to_hub"), _SAVES),
+    **dict.fromkeys(("resize_token_embeddings", "set_input_embeddings", "set_output_embeddings"), _VOCABULARY),
+    "tie_weights": _VOCABULARY,
     **dict.fromkeys(("generate_batch", "init_continuous_batching", "continuous_batching_context_manager"), _BATCHES),
 }
 """Methods that do not run over several ranks, with the reasons."""
@@ -146,9 +150,9 @@ def shard_decoder(model: Any, runtime: Runtime, layout: DecoderLayout, config: D
         stages = DecoderStages(model, link, blocks, layout.owners, caches, collected)
         drop_blocks(model, blocks, layout.owners, runtime.comm.rank, None)
         stages.install()
-    decoder = Decoder(type(model).__name__, config, stages)
+    decoder, changes = Decoder(type(model).__name__, config, stages), Changes(model, stages, layout.slices, neighbours)
     members = {
-        **members_of(model, stages, runtime, collected),
+        **members_of(model, stages, runtime, collected, changes),
         **{name: _refused(name, why) for name, why in REFUSED.items() if hasattr(model, name)},
         "state_dict": partial_state_dict(type(model).state_dict, LIBRARIES),
         "device": property(lambda self: device),
@@ -162,7 +166,7 @@ def shard_decoder(model: Any, runtime: Runtime, layout: DecoderLayout, config: D
     for name, part in model.named_modules():
         inside = name and any(block.startswith(f"{name}.") for block, _ in blocks)
         if inside and isinstance(part, PreTrainedModel):  # it may be called directly
-            subclass_in_place(part, {"__call__": call_member(type(part), stages, runtime, collected, checks)})
+            subclass_in_place(part, {"__call__": call_member(type(part), stages, runtime, collected, checks, changes)})
 
 
 def _refused(name: str, why: str) -> Callable[..., None]:

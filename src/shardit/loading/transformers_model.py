@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +39,10 @@ def load_transformers(
         return module
     whole = all(part is True for part in ours)
     keys = None if whole else _one_to_one(module, checkpoint)
+    generation: Any = _generation_config(module, checkpoint)
     if keys is not None:
-        _read_generation_config(module, checkpoint)
+        if generation is not None:
+            module.generation_config = generation
         return load_module(module, checkpoint, owned, device=device, reads=reads, keys=keys)
     checkpoint.ensure(set(checkpoint.names), reads)
     try:
@@ -85,11 +88,22 @@ def _converts(module: Any) -> bool:
     return any(isinstance(rule, WeightConverter) for rule in get_model_conversion_mapping(module))
 
 
-def _read_generation_config(module: Any, checkpoint: Checkpoint) -> None:
+def _generation_config(module: Any, checkpoint: Checkpoint) -> Any:
+    """Return the generation configuration in the folder of a model; None if it has none. Raises InputError where it is
+    damaged, which transformers would pass over, or fail on."""
     from transformers import GenerationConfig
 
-    if module.can_generate() and (checkpoint.folder / "generation_config.json").is_file():
-        module.generation_config = GenerationConfig.from_pretrained(str(checkpoint.folder))
+    path = checkpoint.folder / "generation_config.json"
+    if not module.can_generate() or not path.is_file():
+        return None
+    try:
+        ends = json.loads(path.read_text("utf-8")).get("eos_token_id")
+        found = GenerationConfig.from_pretrained(str(checkpoint.folder))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is damaged: download or copy it again") from error
+    if not all(isinstance(one, (int, type(None))) for one in (ends if isinstance(ends, list) else [ends])):
+        raise InputError(f"{path}: eos_token_id must be a token id or a list of these, got {ends!r:.80}")
+    return found
 
 
 def _wrong_shape(module: nn.Module, checkpoint: Checkpoint) -> str | None:

@@ -67,6 +67,6 @@ def choose(names: Iterable[str], where: str, variant: str | None = None) -> Choi
     if any(name.endswith(_PICKLE) for name in held):
         raise UnsupportedError(
             f"{where} holds only pickled weights, which can run code: convert them to safetensors "
-            "(load with diffusers, then save_pretrained)"
+            "(load it with the library that wrote it, then save_pretrained)"
         )
-    raise InputError(f"{where} has no weights ({_DIFFUSERS} or {_TRANSFORMERS}): download or copy it again")
+    raise InputError(f"{where} has no weights ({_TRANSFORMERS} or {_DIFFUSERS}): download or copy it again")

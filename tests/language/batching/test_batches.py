@@ -44,6 +44,16 @@ def test_one_rank(name: str) -> None:
     assert len(set(expected)) == len(expected)  # control: swapped rows would be detected
 
 
+def test_rotary_positions_that_follow_the_length() -> None:
+    """Rows of other lengths would decide which of two sets of frequencies a text gets."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0, 5.0, 6.0, 7.0], "original_max_position_embeddings": 16}
+    rope = {"rope_theta": 1e4, "rope_type": "longrope", "partial_rotary_factor": 1.0, **factors}
+    model = families.make("llama", rope_parameters=rope, max_position_embeddings=256)
+    batcher = batcher_of(model, rows=3, tokens=16)
+    assert not batcher.limits.joins
+    assert [tokens for tokens, *_ in run(batcher, rows())] == alone(model, rows())
+
+
 def test_preemption_changes_nothing_but_time() -> None:
     model = families.make("llama")
     sampled = long_rows(temperature=0.9, repetition_penalty=1.1, presence_penalty=0.5, logprobs=2)

@@ -39,6 +39,16 @@ def ended_by(error: Exception) -> int:
     return _failed(_in_one_line(error), OURS, every_rank=True)
 
 
+def open_closed_streams() -> None:
+    """Connect the standard streams that a shell has closed (`<&-`) to nothing: Python has None for them, and the next
+    file would get their descriptor."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, mode)  # noqa: SIM115  for the whole process
+            os.set_inheritable(stream.fileno(), True)  # ranks would begin without it
+            setattr(sys, name, stream)
+
+
 def take_any_bytes() -> None:
     """Let standard input and output pass bytes that are no valid text: a check says what is wrong with them, and names
     of files may have any."""

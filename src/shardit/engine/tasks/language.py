@@ -20,6 +20,7 @@ from shardit.language.grammar.token_masks import TokenMasks
 from shardit.language.info import LanguageInfo, end_tokens, max_positions
 from shardit.language.loading.prepared import PreparedDecoder
 from shardit.language.loading.source import decoder_source
+from shardit.language.request.defaults import left_out
 from shardit.language.request.outputs import GroupOutput
 from shardit.language.request.rows import PromptGroup
 from shardit.language.sharding import lay_out_decoder, shard_decoder
@@ -93,7 +94,7 @@ class LoadedDecoder:
             max_model_len=fitting(max_positions(self.model.config), limits.memory, memory.row_bytes),
             vocabulary=self.model.config.get_text_config().vocab_size,
             defaults=defaults,
-            notes=layout.notes,
+            notes=(*layout.notes, *left_out(defaults)),
             bytes_read=reads.bytes,
             held_bytes=held_bytes(),
             limit_bytes=limit,

@@ -60,7 +60,7 @@ def _next_token(sequence: Sequence, logits: torch.Tensor, ends: frozenset[int], 
         sequence.mask = sequence.mask or masks.begin(params.structured_outputs, len(logits))
         scores = scores.masked_fill(~sequence.mask.after(sequence.made), OFF)
     if len(sequence.made) < params.min_tokens:
-        unwanted = sorted(ends | set(params.stop_token_ids or ()))
+        unwanted = sorted(one for one in ends | set(params.stop_token_ids or ()) if one < len(scores))
         scores = scores.index_fill(0, torch.tensor(unwanted, dtype=torch.int64), OFF)
     return int(scores.argmax()) if params.temperature == 0 else _sample(sequence, scores)
 

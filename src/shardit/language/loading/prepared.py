@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardit.errors import InputError
@@ -14,6 +15,7 @@ from shardit.language.loading.untied import untie
 from shardit.language.sharding import DecoderLayout, blocks_of
 from shardit.loading.checkpoint import Checkpoint
 from shardit.loading.dtypes import Setting, dtype_of
+from shardit.loading.index import ADAPTER_CONFIG
 from shardit.loading.meta import build
 from shardit.loading.safetensors_file import Reads
 from shardit.loading.transformers_model import load_transformers
@@ -45,12 +47,24 @@ def class_of(source: DecoderSource) -> type:
     return getattr(transformers, name)
 
 
+def _refuse_adapter_beside(folder: Path, loras: Sequence[Lora]) -> None:
+    """Raise InputError for an adapter in the folder of a model, unless it is one of those that are merged: transformers
+    would load it."""
+    if not any(Path(lora.path).resolve() in (folder.resolve(), *folder.resolve().iterdir()) for lora in loras):
+        raise InputError(
+            f"{folder} holds an adapter besides the model: give it as lora={folder} (--lora), or remove "
+            f"{ADAPTER_CONFIG} to run the model without it"
+        )
+
+
 class PreparedDecoder:
     """A language model on meta, with the files of its weights, and the adapters that loading merges into them. Raises
     InputError for adapters that do not fit."""
 
     def __init__(self, source: DecoderSource, dtype: Setting = None, loras: Sequence[Lora] = ()):
         self.source, self.kept = source, dtype_of(dtype, "model")
+        if source.gguf is None and (source.folder / ADAPTER_CONFIG).is_file():
+            _refuse_adapter_beside(source.folder, loras)
         self._file: GGUFFile | None = None
         self._checkpoint: Checkpoint | None = None
         if source.gguf is not None:

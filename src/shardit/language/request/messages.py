@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from shardit.errors import InputError, did_you_mean
@@ -34,6 +35,16 @@ def tool_notes(tools: Sequence[Any] | None, template: Any) -> list[str]:
     return ["the chat template of the model shows no tools: they are left out"]
 
 
+def template_text(given: str | Path | None) -> str | None:
+    """Return a chat template that is given as text, or as the path of a file with it. Raises InputError."""
+    if given is None or (isinstance(given, str) and "{" in given):
+        return given
+    try:
+        return Path(given).expanduser().read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise InputError(f"chat_template is no template, and no file that can be read: {given!s:.80}") from error
+
+
 def chat_tokens(
     tokenizer: Any,
     messages: Sequence[Any],
@@ -59,7 +70,8 @@ def chat_tokens(
         tokens = tokenizer.apply_chat_template(messages, tokenize=True, **options)
     except Exception as error:  # templates raise any exception
         raise InputError(f"the chat template refuses the messages: {error}") from error
-    for role in dict.fromkeys(one["role"] for one in messages if one["role"] not in _USUAL_ROLES):
+    usual = _USUAL_ROLES if template is None else ()
+    for role in dict.fromkeys(one["role"] for one in messages if one["role"] not in usual):
         if _drops(tokenizer, messages, role, options):
             raise InputError(f"the chat template drops messages with the role {role!r}: give them another role")
     return tokens

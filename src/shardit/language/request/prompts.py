@@ -63,7 +63,11 @@ def tokens_of(prompt: Prompt, tokenizer: Any, vocabulary: int) -> tuple[str | No
     text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
     if isinstance(text, str):
         TEXT("prompt", text)
-        return text, tuple(tokenizer(text)["input_ids"])
+        found = tuple(tokenizer(text)["input_ids"])
+        if beyond := next((one for one in found if one >= vocabulary), None):
+            name = f"{tokenizer.convert_ids_to_tokens(beyond)!r}, token {beyond}"
+            raise InputError(f"prompt has {name}, and the model knows those from 0 to {vocabulary - 1}")
+        return text, found
     ids: Any = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else prompt
     wrong = isinstance(ids, (str, bytes, bytearray)) or not isinstance(ids, Sequence) or not ids
     if wrong or not all(isinstance(one, int) and not isinstance(one, bool) for one in ids):

@@ -54,7 +54,7 @@ def cut_adapters(model: nn.Module, plan: TensorPlan, ranks: Collectives) -> None
         if not _is_lora(module) or (role is not None and role.kind not in FINISH):
             raise UnsupportedError(
                 f"{name} is cut over tensor ranks, and its {type(module).__name__} adapter is not plain LoRA: merge it "
-                f"into the weights before parallelize (fuse_lora, unload_lora_weights), {ONE_RANK}"
+                f"into the weights before parallelize ({plan.family.merging}), {ONE_RANK}"
             )
         for adapter in module.lora_A:
             _cut_pair(module.lora_A[adapter], module.lora_B[adapter], cut, ranks.index)

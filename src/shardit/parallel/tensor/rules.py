@@ -304,7 +304,7 @@ class Family:
     gathers_attentions: whether the attention weights that a model returns are gathered, so units may return those of
     their own heads. processors: the package of attention processors that store none of their results. register: called
     with a class and a subclass of it for a cut module, for registries that look up classes. unload_adapters: removes
-    all adapters from a model, also those that were loaded in part.
+    all adapters from a model, also those that were loaded in part. merging: methods that merge adapters into weights.
     """
 
     attentions: tuple[Attention, ...] = ()
@@ -329,3 +329,4 @@ class Family:
     processors: str = ""
     register: Callable[[type, type], None] = lambda plain, cls: None
     unload_adapters: Callable[[nn.Module], None] = lambda model: None
+    merging: str = "merge_and_unload"

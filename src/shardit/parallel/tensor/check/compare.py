@@ -36,7 +36,8 @@ class Comparison:
     """A call of unit `name` of a model with these arguments; `plain` is its own forward. attentions: the attention
     weights of each head were requested.
 
-    right: slices gave the same result as the whole unit on every rank; why: the difference. Collective.
+    right: slices gave the same result as the whole unit on every rank; why: the difference; failure: the error of the
+    whole unit, if it fails, too. Collective.
     """
 
     model: nn.Module
@@ -49,6 +50,7 @@ class Comparison:
     attentions: bool = False
     right: bool = False
     why: str = ""
+    failure: Exception | None = None
     _sums: list[torch.Tensor] = field(default_factory=list)
     _given: list[Any] = field(default_factory=list)
 
@@ -80,6 +82,7 @@ class Comparison:
                 self._set_random_state(later)
                 return out
             self.why = f"fails on slices ({error})" if error is not None else "gives another result on slices"
+            self.failure = error and self._failure_of_whole(unit, twins, before, generators)
             restore(before)
             self._set_random_state(generators)
             for leaf, values in kept:
@@ -91,6 +94,26 @@ class Comparison:
                 if isinstance(leaf, torch.Tensor) and not _same(leaf, twin):
                     leaf.copy_(twin)
         return None
+
+    def _failure_of_whole(
+        self, unit: nn.Module, twins: list[Any], before: State, generators: States
+    ) -> Exception | None:
+        """Return the error of the whole unit with the same arguments, which then are wrong, on any tensor rank; None if
+        there is none."""
+        args, kwargs = tree_unflatten(_copies(twins), tree_flatten((self.args, self.kwargs))[1])
+        restore(before)
+        self._set_random_state(generators)
+        found: Exception | None = None
+        try:
+            with whole_for_now(self.model, self.name, self.plan, self.ranks):
+                self._run(unit, args, kwargs, together=False)
+        except (RankError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as failure:
+            found = failure
+        if not self._all(found is None) and found is None:
+            return RankError(-1, f"{self.name} fails with these arguments on another tensor rank")
+        return found
 
     def _run(self, unit: nn.Module, args: Any, kwargs: Any, together: bool) -> Any:
         """Run the unit's own forward; `_sums` then contains the outputs of the linears behind its heads. together:

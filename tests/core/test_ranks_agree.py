@@ -6,6 +6,7 @@ import random
 import re
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -144,6 +145,10 @@ def over_stages(rank: int, count: int, method: str) -> dict[str, Any]:
         said["autocast"] = refusal(lambda: run(pipe))
     with torch.inference_mode(rank == 1):
         said["inference"] = refusal(lambda: run(pipe))
+    with torch.profiler.profile():
+        said["profiler"] = refusal(lambda: run(pipe))
+    with torch.profiler.profile() if rank else nullcontext():
+        said["profiler of one"] = refusal(lambda: run(pipe))
     plain = pipe.tokenizer_2.pad_token
     pipe.tokenizer_2.pad_token = "cat" if rank else plain
     said["tokenizer"] = refusal(lambda: run(pipe))
@@ -189,6 +194,8 @@ def test_over_stages() -> None:
             ("encoder alone", "differ in input_ids of CLIPTextModel:"),
             ("decoder alone", "differ in z of AutoencoderKL.decode:"),
             ("autocast", "differ in torch.autocast of FluxPipeline:"),
+            ("profiler", "torch.profiler cannot follow calls"),
+            ("profiler of one", "differ in .*torch.profiler cannot follow calls|^torch.profiler cannot follow calls"),
             ("inference", "differ in torch.inference_mode of FluxPipeline:"),
             ("tokenizer", "differ in what FluxPipeline gave to T5EncoderModel: change tokenizers"),
             ("number format", "differ in number format of vae of FluxPipeline: make the same changes on every rank"),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, FluxPipeline
 from diffusers.guiders import SkipLayerGuidance
-from diffusers.hooks import LayerSkipConfig
+from diffusers.hooks import LayerSkipConfig, apply_layer_skip
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxTransformer2DModel
 from diffusers.modular_pipelines.wan.modular_blocks_wan import WanBlocks
 
@@ -26,6 +26,8 @@ from shardit.core.modules.units import find_units
 from shardit.models import tiny
 from tests.diffusion.test_changes import flux, lora, run, step, unet
 from tests.diffusion.test_parallelize import join
+from tests.pipelines.entry import entries
+from tests.pipelines.runs import arrays_of, distance
 from tests.support.brought import pipeline
 from tests.support.ranks import run_ranks
 
@@ -475,3 +477,28 @@ def test_settings_that_cannot_be_compared() -> None:
     assert [found.name for found in snapshot.differences()] == ["act", "fresh", "scale"]
     snapshot.update()
     assert not snapshot.changed()
+
+
+def skipped_layers(pipe: Any) -> Any:
+    entry = entries()["StableDiffusionXLPipeline"]
+    return arrays_of(pipe(**entry.call(), generator=torch.Generator().manual_seed(1)))
+
+
+SKIP = LayerSkipConfig(indices=[0], fqn="mid_block.attentions.0.transformer_blocks")
+
+
+def skipping_over_ulysses(rank: int, count: int, method: str) -> Any:
+    join(rank, count, method)
+    pipe = shardit.parallelize(entries()["StableDiffusionXLPipeline"].build(), CONFIGS["ulysses"], timeout_s=60)
+    apply_layer_skip(pipe.unet, SKIP)  # diffusers looks the block up by its class
+    return skipped_layers(pipe)
+
+
+def test_a_layer_that_is_skipped_in_a_dealt_block() -> None:
+    plain = entries()["StableDiffusionXLPipeline"].build()
+    before = skipped_layers(plain)
+    apply_layer_skip(plain.unet, SKIP)
+    expected = skipped_layers(plain)
+    assert distance(before, expected) > 1e-4
+    for made in run_ranks(2, skipping_over_ulysses):
+        assert distance(expected, made) <= 1e-5

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from typing import Any
 
 from shardit.core.modules import hooks
 from shardit.core.modules.absent import Libraries
+from shardit.core.modules.patching import plain_type
 from shardit.diffusion.class_homes import MODELS
 from shardit.parallel.attention.hook import wrapped_back_end
 from shardit.parallel.tensor.rules import Experts, Family, FeedForward, FusedAttention, ParallelBlock
@@ -79,14 +79,18 @@ PARALLEL_BLOCKS = (
 )
 
 
-def register(plain: type, cls: type) -> None:
-    """Step caches of diffusers look up blocks by their class: treat a subclass as the class itself."""
+@functools.cache
+def look_up_plain_blocks() -> None:
+    """Let step caches and layer skips of diffusers, which look up blocks by their class, find blocks of derived
+    classes, too. Permanent."""
     from diffusers.hooks._helpers import TransformerBlockRegistry
 
-    try:
-        TransformerBlockRegistry.register(cls, copy.copy(TransformerBlockRegistry.get(plain)))
-    except ValueError:
-        return
+    own_get: Any = TransformerBlockRegistry.get
+
+    def get(model_class: type) -> Any:
+        return own_get(plain_type(model_class))
+
+    TransformerBlockRegistry.get = staticmethod(get)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @functools.cache
@@ -123,7 +127,6 @@ FAMILY = Family(
     tries=True,
     rms_norms=("diffusers.models.normalization.RMSNorm",),
     processors=MODELS,
-    register=register,
     unload_adapters=unload_adapters,
     merging="fuse_lora, unload_lora_weights",
 )

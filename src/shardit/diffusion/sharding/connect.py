@@ -23,7 +23,7 @@ from shardit.core.stages.entry import entry_of, pipeline_entry
 from shardit.core.stages.overlap import overlap
 from shardit.core.stages.runtime import Runtime
 from shardit.core.stages.stages import Stages, stage
-from shardit.diffusion.family import FAMILY, LIBRARIES, wrap_attention_back_ends
+from shardit.diffusion.family import LIBRARIES, look_up_plain_blocks, wrap_attention_back_ends
 from shardit.diffusion.roles import denoises, left_whole
 from shardit.diffusion.sharding.adapters import collective_fuse, local_set_device
 from shardit.diffusion.sharding.callbacks import end_callbacks, interrupt_members, shared_callback
@@ -124,9 +124,7 @@ def shard_model(
         stages()
     if overlaps and mesh.axes.keys() & {"sp", "tp"}:
         overlap(model, runtime, alone=cut.plan is not None)
-    for part in model.modules():
-        if type(part) is not plain_class(part):
-            FAMILY.register(plain_class(part), type(part))
+    look_up_plain_blocks()
     guard(model, name or type(model).__name__, mesh)
     found: Stages | None = getattr(model, "shardit_stages", None)
     staged = [] if found is None or mesh.pp_size == 1 else [block for block, _ in found.cut.blocks]

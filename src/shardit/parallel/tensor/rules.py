@@ -302,9 +302,8 @@ class Family:
     attributes for the channels of all heads besides `QUERY_WIDTHS`; head_outputs: processors of which a result passes
     no linear behind the heads. rms_norms: full names of norms across all heads that can be cut like torch's.
     gathers_attentions: whether the attention weights that a model returns are gathered, so units may return those of
-    their own heads. processors: the package of attention processors that store none of their results. register: called
-    with a class and a subclass of it for a cut module, for registries that look up classes. unload_adapters: removes
-    all adapters from a model, also those that were loaded in part. merging: methods that merge adapters into weights.
+    their own heads. processors: the package of attention processors that store none of their results. unload_adapters:
+    removes all adapters from a model, also those that were loaded in part. merging: the methods that merge adapters.
     """
 
     attentions: tuple[Attention, ...] = ()
@@ -327,6 +326,5 @@ class Family:
     rms_norms: tuple[str, ...] = ()
     gathers_attentions: bool = False
     processors: str = ""
-    register: Callable[[type, type], None] = lambda plain, cls: None
     unload_adapters: Callable[[nn.Module], None] = lambda model: None
     merging: str = "merge_and_unload"

@@ -235,7 +235,6 @@ def watch_units(title: str, model: nn.Module, plan: TensorPlan, ranks: Collectiv
         plain = type(unit)
         members = {"forward": _intercepted(checks, plain.forward), "__call__": _called(checks, plain.__call__)}
         share_subclass(unit, made, (), lambda: members)  # noqa: B023
-        plan.family.register(plain, type(unit))
     own_call = type(model).__call__
 
     @functools.wraps(own_call)

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import shardit
-from shardit import DiffusionParallelConfig, UnsupportedError
+from shardit import DiffusionParallelConfig, RankError, UnsupportedError
 from shardit.core.comm.collectives import Collectives
 from shardit.core.runtime.pending import materialize
 from shardit.diffusion.loading.variants import image_pipeline
@@ -320,6 +321,116 @@ def wrong(rank: int, count: int, method: str) -> None:
 
 def test_blocks_that_cannot_be_sharded_are_refused() -> None:
     run_ranks(2, wrong)
+
+
+STEP = [1]
+"""A number of which neither arguments nor modules tell."""
+
+
+class Joined(nn.Module):
+    """Attends to its tokens and to some of the text, of each sample on its own, whose number follows from values.
+
+    how: where that number comes from. "tokens first": the batch is the second dimension, and there is no text.
+    """
+
+    def __init__(self, how: str):
+        super().__init__()
+        self.how = how
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, hidden_states: torch.Tensor, text: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        if self.how == "tokens first":
+            out = self.attend(hidden_states.transpose(0, 1), hidden_states.transpose(0, 1), valid[:, None, None])
+            return hidden_states + out.transpose(0, 1)
+        outs = []
+        for own, words, marks in zip(hidden_states.split(1), text.split(1), valid, strict=True):
+            if self.how == "nonzero":
+                words = words[:, marks.nonzero().flatten()]
+            elif self.how == "outside":
+                words = words[:, :: STEP[0]]
+            else:
+                words = words[:, [n for n, mark in enumerate(marks.tolist()) if mark]]
+            if self.how == "fails" and not marks.any():
+                raise ValueError("no text")
+            outs.append(self.attend(own, torch.cat([own, words], 1), None))
+        return hidden_states + torch.cat(outs)
+
+    def attend(self, own: torch.Tensor, joined: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        q = self.qkv(own).chunk(3, -1)[0]
+        _, k, v = self.qkv(joined).chunk(3, -1)
+        q, k, v = (t.unflatten(2, (4, -1)).transpose(1, 2) for t in (q, k, v))
+        return self.out(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
+
+
+class JoinedModel(nn.Module):
+    def __init__(self, how: str):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList([Joined(how) for _ in range(2)])
+
+    def forward(self, hidden_states: torch.Tensor, text: Any, valid: Any, return_dict: bool = False) -> Any:
+        for block in self.blocks:
+            hidden_states = block(hidden_states, text, valid)
+        return (hidden_states,)
+
+
+def joined(how: str, way: dict) -> tuple[nn.Module, Any]:
+    other = shardit.parallelize(JoinedModel(how), DiffusionParallelConfig(**way), timeout_s=30)
+    return JoinedModel(how), other
+
+
+def texts(*lengths: int) -> dict[str, torch.Tensor]:
+    """Arguments of a batch of texts of these lengths."""
+    torch.manual_seed(1)
+    tokens, text = torch.randn(len(lengths), 7, 8), torch.randn(len(lengths), 12, 8)
+    return {"hidden_states": tokens, "text": text, "valid": torch.arange(12)[None] < torch.tensor(lengths)[:, None]}
+
+
+def lengths_of_values(rank: int, count: int, method: str, way: dict) -> None:
+    """They are read off each call, in batches of all sizes; a rank that fails ends the call on all."""
+    join(rank, count, method)
+    for how in ("nonzero", "tolist"):
+        plain, other = joined(how, way)
+        for lengths in ((9,), (3,), (12,), (4, 11), (8, 1), (5,)):
+            assert both(plain, other, **texts(*lengths)) <= CLOSE, (how, lengths)
+        assert not other.shardit_sequence.dealt
+    plain, other = joined("fails", way)
+    assert both(plain, other, **texts(8)) <= CLOSE
+    elsewhere = r"Joined \(JoinedModel.blocks.0\) fails on another rank"
+    with pytest.raises(ValueError if rank else UnsupportedError, match="no text" if rank else elsewhere):
+        other(**texts(3))
+    assert both(plain, other, **texts(9)) <= CLOSE
+
+
+def lengths_of_nothing(rank: int, count: int, method: str, way: dict) -> None:
+    """The known lengths do not fit any more, and no exchange would notice: an error on all ranks."""
+    join(rank, count, method)
+    plain, other = joined("outside", way)
+    assert both(plain, other, **texts(9)) <= CLOSE
+    STEP[0] = 2
+    with pytest.raises(RankError, match=r"lengths \[\d, \d, \d\] where an earlier call of the same shapes had"):
+        other(**texts(9))
+
+
+@pytest.mark.parametrize("way", [ULYSSES, RING], ids=["ulysses", "ring"])
+def test_lengths_that_do_not_follow_from_shapes(way: dict) -> None:
+    run_ranks(2, lengths_of_values, way)
+    run_ranks(2, lengths_of_nothing, way)
+
+
+def tokens_first(rank: int, count: int, method: str, way: dict) -> None:
+    """The batch is tried as tokens; the ranks have other numbers of samples then, of tensors that are exchanged."""
+    join(rank, count, method)
+    plain, other = joined("tokens first", way)
+    for lengths in ((5, 3, 7, 2), (5,), (5, 3, 7)):
+        given = texts(*lengths)
+        given |= {"hidden_states": given["text"].transpose(0, 1), "text": given["text"][:, :1]}
+        assert both(plain, other, **given) <= CLOSE
+
+
+@pytest.mark.parametrize("way", [{"ulysses_degree": 3}, {"ring_degree": 3}], ids=["ulysses", "ring"])
+def test_ways_of_other_sizes_on_each_rank(way: dict) -> None:
+    run_ranks(3, tokens_first, way)
 
 
 def silent(rank: int, count: int, method: str, way: dict) -> None:

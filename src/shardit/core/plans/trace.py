@@ -21,11 +21,11 @@ from shardit.core.plans.call_plan import Address, Site
 from shardit.core.runtime.storages import Storages, storage_key, tensors_of, written
 from shardit.errors import UnsupportedError
 
-# Operations whose result decides the next step of Python code, or the size of the next tensor.
-_HOST = {
+HOST = {
     torch.Tag.data_dependent_output: "reads a value on the host",
     torch.Tag.dynamic_output_shape: "makes a shape from values",
 }
+"""Operations whose result decides the next step of Python code, or the size of the next tensor."""
 
 
 @dataclass
@@ -177,17 +177,17 @@ class Recorder(TorchDispatchMode):
                 f"code outside the blocks reads data of a block that another rank has ({func}); "
                 "name its parameters in Plan(replicate=...)"
             )
-        for tag, what in _HOST.items():
+        for tag, what in HOST.items():
             if tag not in getattr(func, "tags", ()):
                 continue
-            for tensor in _deciding(func, reads, args):
+            for tensor in deciding(func, reads, args):
                 if self.trace.knows(tensor) and self.trace.number(tensor) in self.trace.derived:
                     self.trace.reads_on_host(f"{what} ({func})")
                 self.trace.decides(tensor)
 
 
-def _deciding(func: Any, reads: list[torch.Tensor], args: tuple[Any, ...]) -> list[torch.Tensor]:
-    """Return the tensors whose values decide the size of the result: for indexing only the masks among the indices."""
+def deciding(func: Any, reads: list[torch.Tensor], args: tuple[Any, ...]) -> list[torch.Tensor]:
+    """Return the tensors whose values an operation of `HOST` reads: for indexing only the masks among the indices."""
     if func is torch.ops.aten.index.Tensor:
         return [index for index in args[1] if index is not None and index.dtype in (torch.bool, torch.uint8)]
     return reads
@@ -198,14 +198,16 @@ _READS = frozenset(
 )  # these give tensor values to Python without an operation
 
 
-class _HostReads(TorchFunctionMode):
-    def __init__(self, trace: Trace):
+class HostReads(TorchFunctionMode):
+    """Tells `decides` of each tensor whose values Python reads without an operation."""
+
+    def __init__(self, decides: Callable[[torch.Tensor], None]):
         super().__init__()
-        self.trace = trace
+        self.decides = decides
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _READS:
-            self.trace.decides(args[0])
+            self.decides(args[0])
         return func(*args, **(kwargs or {}))
 
 
@@ -215,7 +217,7 @@ class Watch:
 
     def __init__(self, trace: Trace, fetch: Callable[[torch.Tensor], torch.Tensor]):
         self.recorder = Recorder(trace, fetch)
-        self._reads = _HostReads(trace)
+        self._reads = HostReads(trace.decides)
 
     def __enter__(self) -> None:
         self._reads.__enter__()

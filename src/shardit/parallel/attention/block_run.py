@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes as without_modes
 
 from shardit.errors import UnsupportedError
 from shardit.parallel.attention.sequence_attention import Call, Layout, SequenceAttention
@@ -14,6 +14,9 @@ from shardit.parallel.dataflow import Dataflow
 
 FAILED, ATTENDING, DONE = 0, 1, 2
 """States that ranks exchange when they compare notes."""
+
+WIDTH = 8
+"""Number of values that a rank gives when it says where it is."""
 
 
 class OutOfStep(Exception):
@@ -41,7 +44,7 @@ class BlockRun:
         sharded_q, sharded_k = self._is_sharded(call)
         if self.dataflow is None:
             return self._compute(call, sharded_q, sharded_k)
-        with without_modes():  # some attention functions cannot be traced inside, and need not be
+        with self.dataflow.paused():
             out = self._compute(call, sharded_q, sharded_k)
         if sharded_q:
             self.dataflow.mark(out)
@@ -72,7 +75,7 @@ class BlockRun:
         mask = call.mask if isinstance(call.mask, torch.Tensor) else None  # another object is for all tokens
         rows, columns = (1, 1) if mask is None else (mask.shape[-2] if mask.ndim > 1 else 1, mask.shape[-1])
         here = [call.q.shape[1], call.k.shape[1], int(mask is not None), rows, columns]
-        gathered = agree(self.attention, [ATTENDING, *here])
+        gathered = tell(self.attention, ATTENDING, *here, other_sizes(call))
         if any(code != ATTENDING for code, *_ in gathered):
             raise OutOfStep
         layout = _layout_of(gathered)
@@ -86,7 +89,7 @@ class BlockRun:
         then the result of a trial shows that the mask is of that kind."""
         assert call.mask is not None
         plain = call.mask.dtype is torch.bool and call.mask.ndim > 2
-        kinds = [code for code, *_ in agree(self.attention, [int(plain), 0, 0, 0, 0, 0])]
+        kinds = [code for code, *_ in tell(self.attention, int(plain))]
         if not all(kinds) or bool(self.attention.valid_tokens(call.mask, layout).all()):
             raise UnsupportedError("an attention mask that has neither all rows nor all columns")
 
@@ -98,8 +101,31 @@ def agree(attention: SequenceAttention, values: Sequence[int]) -> list[list[int]
     return attention.sp.all_gather(mine, [1] * attention.sp.size, 0).tolist()
 
 
+def tell(attention: SequenceAttention, code: int, *values: int) -> list[list[int]]:
+    """Gather a state of every rank and its values, as `agree` does; ranks may be in different states."""
+    return agree(attention, [code, *values, *[0] * (WIDTH - 1 - len(values))])
+
+
+def other_sizes(call: Call) -> int:
+    """Return a number for all sizes of an attention call but its lengths, which have to be the same on all ranks; -1 if
+    there are not as many keys as values."""
+    if call.k.shape[1] != call.v.shape[1]:
+        return -1
+    sizes: list[object] = [(t.dtype, *t.shape[:1], *t.shape[2:]) for t in (call.q, call.k, call.v)]
+    if isinstance(call.mask, torch.Tensor):
+        sizes.append((call.mask.dtype, *call.mask.shape[:-2]))
+    return zlib.crc32(repr(sizes).encode())
+
+
+def check_other_sizes(numbers: Collection[int]) -> None:
+    """Raise UnsupportedError, on all ranks, if messages would not fit, as the `other_sizes` of the ranks show."""
+    if len(set(numbers)) > 1 or -1 in numbers:
+        raise UnsupportedError("an attention call whose batch, heads or width is another on some rank")
+
+
 def _layout_of(gathered: list[list[int]]) -> Layout:
-    _, q_lens, k_lens, masked, rows, columns = (tuple(column) for column in zip(*gathered, strict=True))
+    _, q_lens, k_lens, masked, rows, columns, others, *_ = (tuple(column) for column in zip(*gathered, strict=True))
+    check_other_sizes(others)
     if not masked[0]:
         return Layout(q_lens, k_lens)
     total = sum(k_lens)

@@ -9,7 +9,7 @@ import torch
 
 from shardit.core.comm.collectives import Collectives
 from shardit.core.comm.mesh import Mesh
-from shardit.errors import UnsupportedError
+from shardit.errors import RankError, UnsupportedError
 from shardit.parallel.attention.ring import ring_attention
 from shardit.parallel.attention.ulysses import Ulysses
 
@@ -80,6 +80,7 @@ class SequenceAttention:
             )
         if self.ring is not None and call.causal and layout.q_lens != layout.k_lens:
             raise UnsupportedError("causal attention over Ring needs as many queries as keys on each rank")
+        self._check_lengths(call, layout, layout.q_lens[self.sp.index])
         q, k, v = call.q, call.k, call.v
         q_lens, k_lens = self._of_group(layout.q_lens), self._of_group(layout.k_lens)
         mask = self._whole_mask(call.mask, layout, q_lens) if isinstance(call.mask, torch.Tensor) else call.mask
@@ -100,11 +101,24 @@ class SequenceAttention:
 
     def attend_to_all(self, call: Call, layout: Layout) -> torch.Tensor:
         """Attend with queries that every rank has to the keys of all ranks: keys and values are gathered."""
+        self._check_lengths(call, layout, call.q.shape[1])
         k, v = (self.sp.all_gather(t, layout.k_lens, 1) for t in (call.k, call.v))
         mask = call.mask
         if mask is not None and layout.mask_columns:
             mask = _gather_mask(self.sp, mask, layout.k_lens, mask.ndim - 1)
         return call.inner(call.q, k, v, mask)
+
+    def _check_lengths(self, call: Call, layout: Layout, queries: int) -> None:
+        """Raise RankError, which ends all ranks, if the call is not of this layout: others count on its lengths."""
+        keys, mask = layout.k_lens[self.sp.index], call.mask
+        found, known = [call.q.shape[1], call.k.shape[1], call.v.shape[1]], [queries, keys, keys]
+        if isinstance(mask, torch.Tensor):  # rows and columns that the mask of each rank has of its own
+            found += mask.shape[-1:] * layout.mask_columns + mask.shape[-2:-1] * layout.mask_rows
+            known += [keys] * layout.mask_columns + [queries] * layout.mask_rows
+        if found != known:
+            text = f"attention has the lengths {found} where an earlier call of the same shapes had {known}: they "
+            text += "follow from what is no argument of a block; set ulysses_degree=1 and ring_degree=1"
+            raise RankError(self.sp.group.rank, text)
 
     def _of_group(self, lens: tuple[int, ...]) -> tuple[int, ...]:
         """Select from lengths per "sp" rank (ulysses varies fastest) those of this rank's ulysses group."""

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import flop_registry
 
 from shardit.core.comm.collectives import even_sizes
 from shardit.errors import RankError
-from shardit.parallel.attention.block_run import DONE, FAILED, agree
+from shardit.parallel.attention.block_run import DONE, FAILED, tell
 from shardit.parallel.attention.sequence_attention import Call, SequenceAttention
 from shardit.parallel.compare import close, disturbed, same_left
 from shardit.parallel.sequence.dealt.modules import only_tensor
@@ -195,7 +195,7 @@ def find_dealt(
         raise
     except Exception:  # code after a module may need what the gathered rows are not
         log.debug("%s fails when it is dealt", type(block).__name__, exc_info=True)
-    gathered = agree(attention, [DONE if right else FAILED, 0, 0, 0, 0, 0])
+    gathered = tell(attention, DONE if right else FAILED)
     return found if all(codes[0] == DONE for codes in gathered) else None
 
 

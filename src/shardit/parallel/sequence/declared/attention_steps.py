@@ -14,15 +14,12 @@ from typing import NamedTuple
 import torch
 
 from shardit.errors import UnsupportedError
-from shardit.parallel.attention.block_run import ATTENDING, OutOfStep, agree
+from shardit.parallel.attention.block_run import ATTENDING, OutOfStep, check_other_sizes, other_sizes, tell
 from shardit.parallel.attention.sequence_attention import Call, Layout, SequenceAttention
 from shardit.parallel.sequence.declared.token_rows import Rows, Runs, dealt_rows, runs_of, take
 
 GATHERING = ATTENDING + 10
 """A state of a rank in an exchange (see `block_run.py`)."""
-
-WIDTH = 8
-"""Number of values that a rank sends in one exchange."""
 
 ALIKE = {torch.float64: 1e-3, torch.float32: 1e-3}
 """Largest relative difference between copies of a token on two ranks; 5e-2 for shorter floats."""
@@ -116,7 +113,8 @@ def learn_attention(seen: Seen, whole: Seen, call: Call, attention: SequenceAtte
     """Find the rows of each rank in an attention call. Collective over "sp". Raises UnsupportedError if lengths do not
     fit."""
     real_q, real_k = _real_rows([call.q], 1, padded), _real_rows([call.k, call.v], 1, padded)
-    gathered = _tell(attention, [ATTENDING, *seen.sizes, len(real_q), len(real_k)])
+    gathered = _tell(attention, [ATTENDING, *seen.sizes, len(real_q), len(real_k), other_sizes(call)])
+    check_other_sizes([codes[7] for codes in gathered])
     q_lens, k_lens, rows, columns, q_real, k_real = (
         list(c) for c in zip(*(codes[1:7] for codes in gathered), strict=True)
     )
@@ -219,7 +217,7 @@ def _real_rows(tensors: Sequence[torch.Tensor], dim: int, padded: bool) -> list[
 
 def _tell(attention: SequenceAttention, values: Sequence[int]) -> list[list[int]]:
     """Gather values of every rank, if all are at the same point."""
-    gathered = agree(attention, [*values, *[0] * (WIDTH - len(values))])
+    gathered = tell(attention, *values)
     if any(codes[0] != values[0] for codes in gathered):
         raise OutOfStep
     return gathered

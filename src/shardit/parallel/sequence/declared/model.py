@@ -29,11 +29,11 @@ from shardit.core.runtime.randomness import generators_kept
 from shardit.core.runtime.yielding import undisturbed
 from shardit.core.stages.stages import Stages
 from shardit.errors import InputError, RankError, UnsupportedError
-from shardit.parallel.attention.block_run import DONE, FAILED, agree
+from shardit.parallel.attention.block_run import DONE, FAILED, tell
 from shardit.parallel.attention.hook import attention_goes_to
 from shardit.parallel.attention.sequence_attention import SequenceAttention
 from shardit.parallel.compare import disturbed, same, same_left
-from shardit.parallel.sequence.declared.attention_steps import WIDTH, Seen, Step
+from shardit.parallel.sequence.declared.attention_steps import Seen, Step
 from shardit.parallel.sequence.declared.module_hooks import call_module
 from shardit.parallel.sequence.declared.passes import Differs, Pass, ShardedPass, WholePass
 from shardit.parallel.sequence.declared.rules import ModuleRules, read_plan
@@ -207,7 +207,7 @@ class PlannedSequence:
 
     def _agree(self, good: bool, what: str, error: Exception | None) -> None:
         """Continue if all ranks agree that the result is good; else raise on all of them."""
-        gathered = agree(self.attention, [DONE if good else FAILED, *[0] * (WIDTH - 1)])
+        gathered = tell(self.attention, DONE if good else FAILED)
         if any(codes[0] != DONE for codes in gathered):
             self._refuse(what, error)
 

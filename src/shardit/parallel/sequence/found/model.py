@@ -28,7 +28,7 @@ from shardit.core.runtime.pending import PendingTensor, materialize, materialize
 from shardit.core.runtime.randomness import generators_kept
 from shardit.core.stages.stages import Stages
 from shardit.errors import RankError, UnsupportedError
-from shardit.parallel.attention.block_run import DONE, BlockRun, OutOfStep, agree
+from shardit.parallel.attention.block_run import DONE, FAILED, BlockRun, OutOfStep, tell
 from shardit.parallel.attention.hook import attention_goes_to
 from shardit.parallel.attention.sequence_attention import Layout, SequenceAttention
 from shardit.parallel.block_signature import fingerprint, value_key
@@ -36,7 +36,7 @@ from shardit.parallel.sequence.dealt.modules import intercept
 from shardit.parallel.sequence.dealt.run import DealtBlock, DealtRows, DealtRun, operations_go_to, rows_by_module
 from shardit.parallel.sequence.dealt.search import SMALL, WORTH, describe, find_dealt, share_of_list
 from shardit.parallel.sequence.found.flow import Flow
-from shardit.parallel.sequence.found.search import BlockPlan, Refused, find_plan
+from shardit.parallel.sequence.found.search import REMEDY, BlockPlan, Refused, find_plan
 from shardit.parallel.sequence.shards.lazy import Cache, ShardSource
 from shardit.parallel.sequence.shards.token_dims import Shape
 
@@ -49,7 +49,7 @@ MAX_STEPS = 1024
 @dataclass
 class Step:
     """A kind of block call at given sizes. plan None: every rank runs it whole, `dealt` by operations if it is given.
-    layouts None: not learned yet."""
+    layouts None: not learned yet, or read off the tensors of each call since they may depend on values."""
 
     plan: BlockPlan | None
     dealt: DealtBlock | None = None
@@ -141,12 +141,30 @@ class SequenceParallel:
         if not self._owned[index]:  # another stage runs it
             return call()
         run = BlockRun(self.attention, list(step.plan.sharded), step.layouts)
-        with attention_goes_to(run):
-            out = call()
-        if step.layouts is None:
-            if any(code != DONE for code, *_ in agree(self.attention, [DONE, 0, 0, 0, 0, 0])):
-                raise OutOfStep(f"ranks differ in how often {self.blocks[index][0]} calls attention")
+        if step.layouts is not None:
+            with attention_goes_to(run):
+                return call()
+        out = self._in_step(index, run, call)
+        if not step.plan.by_values:
             step.layouts = run.learned
+        return out
+
+    def _in_step(self, index: int, run: BlockRun, call: Callable[[], Any]) -> Any:
+        """Run a call of lengths that are not known: it fails on all ranks or on none."""
+        try:
+            try:
+                with attention_goes_to(run):
+                    out = call()
+            except (OutOfStep, RankError, MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception:
+                tell(self.attention, FAILED)
+                raise
+            if any(code != DONE for code, *_ in tell(self.attention, DONE)):
+                raise OutOfStep
+        except OutOfStep as error:
+            text = "fails on another rank, or calls attention there more or less often than here"
+            raise UnsupportedError(f"{self._title(index)} {text}: {REMEDY}") from error
         return out
 
     def _run_whole(self, index: int, step: Step, call: Callable[[], Any]) -> Any:
@@ -229,7 +247,7 @@ class SequenceParallel:
         if isinstance(plan, DealtBlock):
             self._dealt[kind] = plan
             return None
-        if plan is not None:
+        if plan is not None and not plan.by_values:  # such a block may call attention once for each sample
             self._plans.setdefault(kind, []).append((plan, plan.candidate.pattern(shapes)))
         return plan
 

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from shardit.core.plans.trace import HostReads
 from shardit.errors import RankError, UnsupportedError
-from shardit.parallel.attention.block_run import DONE, FAILED, BlockRun, OutOfStep, agree
+from shardit.parallel.attention.block_run import DONE, FAILED, BlockRun, OutOfStep, agree, tell
 from shardit.parallel.attention.hook import attention_goes_to
 from shardit.parallel.attention.sequence_attention import NotInRing, SequenceAttention
 from shardit.parallel.compare import close, disturbed, same, same_left
@@ -45,11 +46,13 @@ class Refused(UnsupportedError):
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """The sharding of a kind of block call. outs: split of each output leaf. sharded: see `BlockRun`."""
+    """The sharding of a kind of block call. outs: split of each output leaf. sharded: see `BlockRun`. by_values: the
+    block reads values, on which the lengths of its attention may depend."""
 
     candidate: Candidate
     outs: tuple[Split | None, ...]
     sharded: tuple[tuple[bool, bool], ...]
+    by_values: bool = False
 
 
 def find_plan(
@@ -112,9 +115,11 @@ class _Attempt:
             return None
         wholes = [self._whole(out, split) for out, split in zip(outs, splits, strict=True)]
         right = all(close(x, y) for x, y in zip(self.expected, wholes, strict=True))
-        if not self._all([right]):
+        gathered = agree(self.attention, [int(right), int(dataflow.by_values)])
+        if not all(codes[0] for codes in gathered):
             return None
-        return BlockPlan(self.candidate, tuple(splits), tuple(block.sharded))
+        by_values = any(codes[1] for codes in gathered)
+        return BlockPlan(self.candidate, tuple(splits), tuple(block.sharded), by_values)
 
     def _outputs(self, block: BlockRun, call: Callable[..., Any], shards: list[Any], spec: Any) -> list[Any] | None:
         """Return the output leaves; None if it failed on any rank. No rank waits for one that has failed."""
@@ -122,7 +127,7 @@ class _Attempt:
         code = FAILED
         assert block.dataflow is not None
         try:
-            with attention_goes_to(block), block.dataflow:
+            with attention_goes_to(block), HostReads(block.dataflow.decides), block.dataflow:
                 out, left = _call(call, shards, spec)
             outs, out_spec = tree_flatten(out)
             if not same_left(self.left, left):
@@ -134,7 +139,7 @@ class _Attempt:
             raise
         except Exception as error:  # a block that cannot take such shards may raise any exception
             self.failures.append(error)
-        gathered = agree(self.attention, [code, 0, 0, 0, 0, 0])
+        gathered = tell(self.attention, code)
         return outs if all(codes[0] == DONE for codes in gathered) else None
 
     def _out_splits(self, outs: list[Any]) -> list[Split | None] | None:
@@ -155,9 +160,6 @@ class _Attempt:
         if split is None:
             return out
         return gather(out, split.dim, [self.totals[p] for p in split.parts], self.attention.sp)
-
-    def _all(self, flags: Sequence[bool]) -> bool:
-        return all(all(codes) for codes in agree(self.attention, [int(flag) for flag in flags]))
 
 
 def _call(call: Callable[..., Any], leaves: list[Any], spec: Any) -> Any:

@@ -156,7 +156,7 @@ class Boundary:
             with self.original_classes(), self.own_code():
                 out = self.run(path, name, function, args, kwargs)
             if caller is not None and caller.by_user:
-                for tensor in list(_pending(out)):
+                for tensor in list(_pending((out, args, kwargs))):
                     materialize(tensor)
         return out
 

@@ -56,6 +56,7 @@ def _vae(pipe: Any) -> Any:
     pipe.vae.register_buffer("table", torch.randn(SMALL_BYTES // 4 + 1))
     pipe.vae.bn = nn.BatchNorm2d(16, affine=False)
     pipe.vae.bn.running_mean.normal_()
+    pipe.vae.remembering = Remembering()
     return pipe.vae
 
 
@@ -134,6 +135,32 @@ def _other_generators(vae: Any) -> Any:
     return [out, torch.rand(2, generator=holder.generator), torch.tensor(others.random(2))]
 
 
+class Remembering(nn.Module):
+    """Keeps what it has seen in a list and a dict that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, seen: list[Any], more: dict[str, Any]) -> torch.Tensor:
+        out = self.linear(x) + sum(seen[1:])
+        seen[0] += 1
+        seen.append(out)
+        if seen[0] == 3:
+            del seen[1:3]
+        more.setdefault("first", [x]).append(more.pop("last", None))
+        more["last"] = out * 2
+        return out
+
+
+def _remembers(vae: Any) -> Any:
+    """A part that changes what is in its arguments, and needs it in the next call."""
+    seen, more = [0], {}
+    outs = [vae.remembering(_noise(2, 4), seen, more) for _ in range(4)]
+    assert more["first"][1] is None
+    return [*outs, torch.tensor(seen[:1]), *seen[1:], more["last"], *more["first"][2:]]
+
+
 def _scaled(vae: Any) -> torch.Tensor:
     """All weights of a part are written to, as averages of weights are put into a model."""
     vae.decoder.requires_grad_(False)
@@ -164,6 +191,7 @@ USES: dict[str, Callable[[Any], Any]] = {
     "statistics": _trains,
     "attributes": lambda vae: _marks(vae),
     "generators": _other_generators,
+    "lists": _remembers,
     "state dict": lambda vae: vae.state_dict()["decoder.conv_in.weight"] * 2,
     "parameters": lambda vae: [next(vae.parameters()).sum(), sum(p.abs().sum() for p in vae.decoder.parameters())],
     "named parameters": lambda vae: dict(vae.named_parameters(prefix="vae"))["vae.decoder.conv_in.weight"] * 2,
@@ -276,6 +304,28 @@ def test_results_that_one_rank_uses() -> None:
         expected = [plain.vae.decode(_noise(1, 16, 4, 4)).sample * 2, plain.text_encoder(IDS).last_hidden_state * 2]
     _, got = run_ranks(2, used_on_one_rank)
     same(expected, got, "results")
+
+
+def hooked_with_a_cache(rank: int, count: int, method: str) -> None:
+    """Hooks on the decoder of a VAE, which is called several times with a cache that it fills, and inside of it."""
+    join(rank, count, method)
+    plain, pipe = brought.pipeline("wan2.2-ti2v"), brought.pipeline("wan2.2-ti2v")
+    shardit.parallelize(pipe, STAGES, timeout_s=60)
+    outs = []
+    for one in (plain, pipe):
+        call = functools.partial(brought.run, one, "wan2.2-ti2v", output_type="pt")
+        outs.append([call()])
+        handle = one.vae.decoder.register_forward_hook(lambda module, args, output: output * 0.9)
+        outs[-1].append(call())
+        handle.remove()
+        one.vae.decoder.mid_block.register_forward_pre_hook(lambda module, args: (args[0] * 0.9, *args[1:]))
+        outs[-1].append(call())
+    same(outs[0], outs[1], "hooked")
+    assert not any(torch.equal(outs[0][0], one) for one in outs[0][1:])
+
+
+def test_hooks_on_a_decoder_with_a_cache() -> None:
+    run_ranks(2, hooked_with_a_cache)
 
 
 def alternating(encoder: Any) -> list[int]:

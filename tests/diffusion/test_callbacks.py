@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import shardit
-from shardit import DiffusionParallelConfig
+from shardit import DiffusionParallelConfig, InputError
 from tests.diffusion.test_parallelize import join
 from tests.pipelines.entry import entries
 from tests.support.brought import Shard, pipeline, run
@@ -97,3 +97,32 @@ def differences(rank: int, count: int, method: str, axis: str) -> list[float]:
 def test_callbacks(axis: str) -> None:
     for found in run_ranks(2, differences, axis):
         assert max(found) <= AXES[axis][1]
+
+
+def previews(rank: int, count: int, method: str) -> None:
+    """A VAE that is used in a callback first: what its own code sets on it, on the rank that runs it, is no change."""
+    join(rank, count, method)
+    outs, seen = [], list[torch.Tensor]()
+
+    def preview(pipe: Any, step: int, _: Any, given: Inputs) -> Inputs:
+        seen.append(pipe.vae.decode(given["latents"], return_dict=False)[0].clone())
+        return given
+
+    for shard in (lambda pipe: pipe, lambda pipe: shardit.parallelize(pipe, AXES["stages"][0], timeout_s=60)):
+        pipe = shard(pipeline("wan2.2-ti2v"))
+        outs.append([run(pipe, "wan2.2-ti2v", callback_on_step_end=preview), run(pipe, "wan2.2-ti2v")])
+    assert all(map(torch.equal, *outs))
+    half = len(seen) // 2
+    assert half
+    assert all(map(torch.equal, seen[:half], seen[half:]))
+
+    def change(pipe: Any, step: int, time: Any, given: Inputs) -> Inputs:
+        pipe.vae.tile_sample_min_height += rank
+        return preview(pipe, step, time, given)
+
+    with pytest.raises(InputError, match=r"differ in changes of vae \(tile_sample_min_height\) after callback"):
+        run(pipe, "wan2.2-ti2v", callback_on_step_end=change)
+
+
+def test_previews() -> None:
+    run_ranks(2, previews)

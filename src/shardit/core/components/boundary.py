@@ -67,7 +67,7 @@ class Boundary:
     immediately.
     inside: one of its methods is running, and interceptors call through. reached: the parts with an interceptor, by
     name. libraries: prefixes of Python modules whose code is given the component's own tensors when it lists
-    them; None: all code is.
+    them; None: all code is. own_code: encloses each run of a method.
     """
 
     device: torch.device
@@ -78,6 +78,7 @@ class Boundary:
     inside: bool = False
     reached: list[tuple[str, nn.Module]] = field(default_factory=list)
     libraries: tuple[str, ...] | None = None
+    own_code: Callable[[], AbstractContextManager[None]] = nullcontext
     _plain: list[tuple[nn.Module, type]] = field(default_factory=list)
 
     def install(self, module: nn.Module, path: str) -> None:
@@ -152,10 +153,10 @@ class Boundary:
                 materialize(tensor)
             if caller is not None:
                 _compare(caller, module, name, function, args, kwargs)
-            with self.original_classes():
+            with self.original_classes(), self.own_code():
                 out = self.run(path, name, function, args, kwargs)
             if caller is not None and caller.by_user:
-                for tensor in list(_pending(out)):
+                for tensor in list(_pending((out, args, kwargs))):
                     materialize(tensor)
         return out
 

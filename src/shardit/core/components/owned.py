@@ -23,6 +23,7 @@ from shardit.core.comm.wire import (
     view_bytes,
 )
 from shardit.core.components.boundary import Boundary, Read, Turn, unbound
+from shardit.core.components.containers import Changes, Containers
 from shardit.core.modules.attributes import Attributes, Found
 from shardit.core.modules.patching import set_tensor
 from shardit.core.modules.small_tensors import ReplicatedTensors
@@ -108,17 +109,19 @@ def run_on(
     leaves = tree_leaves((args, kwargs))
     arguments = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     arrays = [leaf for leaf in leaves if isinstance(leaf, numpy.ndarray)]
+    containers = Containers((args, kwargs))
 
-    def run() -> tuple[Any, list[int], dict[int, numpy.ndarray], dict[str, torch.Tensor], Found]:
+    def run() -> tuple[Any, list[int], dict[int, numpy.ndarray], dict[str, torch.Tensor], Found, Changes]:
         before, tensors, values = [mark(t) for t in arguments], small.snapshot(), attributes.snapshot()
-        copies = [array.copy() for array in arrays]
+        copies, entries = [array.copy() for array in arrays], containers.snapshot()
         out = function(*args, **kwargs)
         written = [q for q, t in enumerate(arguments) if changed(t, before[q])]
         filled = {q: a for q, a in enumerate(arrays) if a.tobytes() != copies[q].tobytes()}
-        return out, written, filled, small.changes(tensors), attributes.changes(values)
+        put = containers.changes(entries)
+        return out, written, filled, small.changes(tensors), attributes.changes(values), put
 
     generators = generators_in((args, kwargs))
-    out, written, filled, new_tensors, new_values = call_on(comm, stage, run, arguments, generators)
+    out, written, filled, new_tensors, new_values, put = call_on(comm, stage, run, arguments, generators)
     for q in written:
         LazyBroadcast.written(comm, stage, arguments[q])
     materialize((new_tensors, new_values))
@@ -127,6 +130,7 @@ def run_on(
             arrays[q][...] = array
         small.apply(new_tensors)
         attributes.apply(new_values)
+    containers.apply(put)
     return out
 
 

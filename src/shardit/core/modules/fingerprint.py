@@ -78,6 +78,7 @@ class Fingerprint:
         self._members = Snapshot(dict.fromkeys(base for kind in kinds for base in kind.__mro__ if base is not object))
         self._configured = dict(self._settings_of(with_settings))
         self._settings = Snapshot(self._configured.values())
+        self._noted: list[Difference] = []  # of settings, before the model's own code last ran
 
     def _settings_of(self, names: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
         """Return the dicts with settings, by the names of their modules, processors and other objects in public
@@ -98,7 +99,9 @@ class Fingerprint:
 
     def changed(self) -> bool:
         """Return whether the model may differ from this fingerprint."""
-        if self._classes != list(map(type, self._modules)) or self._members.changed() or self._settings.changed():
+        if self._classes != list(map(type, self._modules)) or self._members.changed():
+            return True
+        if self._noted or self._settings.changed():
             return True
         return (self._children, self._overrides()) != self._before or self._user_hooks() != self._hooks_of_users
 
@@ -121,7 +124,7 @@ class Fingerprint:
             for path, kind in {name: type(module), **of_processor}.items() if members else ():
                 found += [Change(path, d.name, d.before, d.now, d.holder) for d in members if d.holder in kind.__mro__]
         names = list(self._configured)
-        found += [Change(names[d.number], d.name, d.before, d.now) for d in self._other_settings()]
+        found += [Change(names[d.number], d.name, d.before, d.now) for d in (*self._noted, *self._other_settings())]
         before, now = self._hooks_of_users, self._user_hooks()
         others = sorted({*before} ^ {*now})  # in the same order on every rank
         found += [Change(name, "hooks", None, None) for name, _ in others]
@@ -134,7 +137,19 @@ class Fingerprint:
 
     def update_settings(self) -> None:
         """Replace the known settings by the present ones: a forward may count its calls in one."""
+        self._noted.clear()
         self._settings.update()
+
+    @contextmanager
+    def own_code(self) -> Iterator[None]:
+        """Count no change of settings meanwhile: the model's own code runs, perhaps on one rank only. Earlier changes
+        stay noted."""
+        self._noted += [found.kept() for found in self._other_settings()]
+        self._settings.update()
+        try:
+            yield
+        finally:
+            self._settings.update()
 
     @contextmanager
     def undone(self) -> Iterator[None]:

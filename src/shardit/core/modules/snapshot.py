@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -46,6 +46,10 @@ class Difference:
             delattr(self.holder, self.name)
         else:
             setattr(self.holder, self.name, value)
+
+    def kept(self) -> Difference:
+        """Return the same, whatever is put into a collection later."""
+        return replace(self, now=_copied_value(self.now))
 
 
 class Snapshot:
@@ -95,10 +99,11 @@ def _alike(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
 
 def _copied(entries: Mapping[str, Any]) -> dict[str, Any]:
     """Return entries with copies of collections, which may be changed in place."""
-    return {
-        name: value.copy() if type(value) in (list, dict, set) and name not in OF_MODULES else value
-        for name, value in entries.items()
-    }
+    return {name: value if name in OF_MODULES else _copied_value(value) for name, value in entries.items()}
+
+
+def _copied_value(value: Any) -> Any:
+    return value.copy() if type(value) in (list, dict, set) else value
 
 
 def _is_relevant(name: str, of_class: bool) -> bool:

@@ -84,6 +84,9 @@ class ComponentSharding:
             if part is not self.module:
                 _PARENTS[part] = (self.title, name not in partial)
         self.update()
+        boundary = getattr(self.module, "shardit_boundary", None)
+        if boundary is not None:
+            boundary.own_code = lambda: self._fingerprint.own_code()
 
     @property
     def title(self) -> str:

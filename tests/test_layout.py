@@ -182,7 +182,7 @@ BUDGET = {
     "language": 2685,
     "loading": 1356,
     "models": 930,
-    "parallel": 4765,
+    "parallel": 4766,
     "server": 5290,
     "settings": 450,
     "training": 3915,

@@ -28,7 +28,8 @@ class BlockRun:
     """Handles the attention calls of one block call (a `hook.Handler`).
 
     sharded[n]: whether queries and whether keys of attention call n are sharded; found if `dataflow` is given. layouts:
-    of the calls with sharded keys; None = not known for these sizes yet, so ranks exchange their lengths.
+    of the calls with sharded keys; None = not known for these sizes yet, so ranks exchange their lengths. by_values:
+    whether values were read before such a call, on which its lengths may depend; found if `dataflow` is given.
     """
 
     attention: SequenceAttention
@@ -36,6 +37,7 @@ class BlockRun:
     layouts: list[Layout] | None = None
     dataflow: Dataflow | None = None
     learned: list[Layout] = field(default_factory=list)
+    by_values: bool = False
     _calls: int = 0
     _sharded_calls: int = 0
 
@@ -74,6 +76,7 @@ class BlockRun:
             return layout
         mask = call.mask if isinstance(call.mask, torch.Tensor) else None  # another object is for all tokens
         rows, columns = (1, 1) if mask is None else (mask.shape[-2] if mask.ndim > 1 else 1, mask.shape[-1])
+        self.by_values |= self.dataflow is not None and self.dataflow.by_values
         here = [call.q.shape[1], call.k.shape[1], int(mask is not None), rows, columns]
         gathered = tell(self.attention, ATTENDING, *here, other_sizes(call))
         if any(code != ATTENDING for code, *_ in gathered):

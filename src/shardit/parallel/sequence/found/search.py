@@ -47,7 +47,7 @@ class Refused(UnsupportedError):
 @dataclass(frozen=True)
 class BlockPlan:
     """The sharding of a kind of block call. outs: split of each output leaf. sharded: see `BlockRun`. by_values: the
-    block reads values, on which the lengths of its attention may depend."""
+    lengths of its attention may depend on values."""
 
     candidate: Candidate
     outs: tuple[Split | None, ...]
@@ -115,7 +115,7 @@ class _Attempt:
             return None
         wholes = [self._whole(out, split) for out, split in zip(outs, splits, strict=True)]
         right = all(close(x, y) for x, y in zip(self.expected, wholes, strict=True))
-        gathered = agree(self.attention, [int(right), int(dataflow.by_values)])
+        gathered = agree(self.attention, [int(right), int(block.by_values)])
         if not all(codes[0] for codes in gathered):
             return None
         by_values = any(codes[1] for codes in gathered)

@@ -47,6 +47,36 @@ def dora(folder: str) -> dict[str, torch.Tensor]:
     return {f"{name}.{part}": torch.ones(size) for part, size in sizes.items()}
 
 
+def refused_before(rank: int, count: int, method: str, folder: str) -> list[float]:
+    """An adapter that is refused leaves the pipeline whole, so what the refusal advises works."""
+    join(rank, count, method)
+    found = []
+    for merged in (True, False):
+        plain, pipe = brought.pipeline("flux"), brought.pipeline("flux")
+        hooked: Any = pipe.transformer.transformer_blocks[1].attn.to_out[0]
+        hooked.forward = lambda x: x  # as a hook of a library
+        with pytest.raises(UnsupportedError, match=r"attn\.to_out\.0 has a hook in place of its forward"):
+            shardit.parallelize(pipe, TWO)
+        del hooked.forward
+        for one in (plain, pipe):
+            one.load_lora_weights(dora(folder))
+        with pytest.raises(UnsupportedError, match=r"to_q is cut .* not plain LoRA: merge it .*fuse_lora, unload"):
+            shardit.parallelize(pipe, TWO)
+        for one in (plain, pipe) if merged else ():
+            one.fuse_lora()
+            one.unload_lora_weights()
+        shardit.parallelize(pipe, TWO if merged else DiffusionParallelConfig(pipeline_parallel_size=2))
+        expected, got = brought.run(plain, "flux"), brought.run(pipe, "flux")
+        found.append(float((got - expected).norm() / expected.norm()))
+    return found
+
+
+def test_what_is_refused_stays_whole(tmp_path: Path) -> None:
+    for merged, staged in run_ranks(2, refused_before, str(tmp_path)):
+        assert merged <= 1e-5
+        assert staged == 0
+
+
 def test_refusals(tmp_path: Path) -> None:
     run_ranks(2, refusals, str(tmp_path))
 

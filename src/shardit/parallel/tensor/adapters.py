@@ -40,26 +40,32 @@ def base_linears(model: nn.Module) -> Iterator[None]:
             model.set_submodule(name, layer)
 
 
-def cut_adapters(model: nn.Module, plan: TensorPlan, ranks: Collectives) -> None:
-    """Cut the adapters of a cut model in place, except those that are cut already.
-
-    Raises UnsupportedError for other kinds of adapters on cut linears.
-    """
-    modules: list[tuple[str, Any]] = list(model.named_modules())
-    for name, module in modules:
-        cut = plan.cuts.get(f"{name}.weight")
-        if cut is None or not hasattr(module, "base_layer"):
-            continue
+def refuse_adapters(model: nn.Module, plan: TensorPlan) -> None:
+    """Raise UnsupportedError for other kinds of adapters than LoRA on linears that are cut, or will be."""
+    for name, module, _ in _adapted(model, plan):
         role = plan.roles.get(name)
         if not _is_lora(module) or (role is not None and role.kind not in FINISH):
             raise UnsupportedError(
                 f"{name} is cut over tensor ranks, and its {type(module).__name__} adapter is not plain LoRA: merge it "
                 f"into the weights before parallelize ({plan.family.merging}), {ONE_RANK}"
             )
+
+
+def cut_adapters(model: nn.Module, plan: TensorPlan, ranks: Collectives) -> None:
+    """Cut the adapters of a cut model in place, except those that are cut already. Raises as `refuse_adapters`."""
+    refuse_adapters(model, plan)
+    for name, module, cut in _adapted(model, plan):
+        role = plan.roles.get(name)
         for adapter in module.lora_A:
             _cut_pair(module.lora_A[adapter], module.lora_B[adapter], cut, ranks.index)
         if role is not None and "_finishes" not in vars(type(module)):
             _finish_once(module, FINISH[role.kind](role, ranks))
+
+
+def _adapted(model: nn.Module, plan: TensorPlan) -> list[tuple[str, Any, Shards]]:
+    """Return the adapter layers on linears that a plan cuts: their names, and the cut of the weight."""
+    named = ((name, module, plan.cuts.get(f"{name}.weight")) for name, module in model.named_modules())
+    return [(name, module, cut) for name, module, cut in named if cut is not None and hasattr(module, "base_layer")]
 
 
 def _cut_pair(into: nn.Linear, out: nn.Linear, cut: Shards, rank: int) -> None:

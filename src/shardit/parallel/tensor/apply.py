@@ -20,7 +20,7 @@ from shardit.core.placement.balance import WHOLE_SHARE, even_shares
 from shardit.core.placement.roles import Roles
 from shardit.core.placement.slices import Owned, Shards, Slice
 from shardit.errors import UnsupportedError
-from shardit.parallel.tensor.adapters import adapter_members, base_linears, cut_adapters
+from shardit.parallel.tensor.adapters import adapter_members, base_linears, cut_adapters, refuse_adapters
 from shardit.parallel.tensor.check.units import watch_units
 from shardit.parallel.tensor.loads import take_slices_of
 from shardit.parallel.tensor.modules import install_role
@@ -40,7 +40,8 @@ def plan_components(
     is also left whole if less than half of its linears can be cut (it would need most of its memory on every rank).
 
     members: number of ranks of a replica if the tensor axis is its only axis; a rank that owns a large VAE then gets
-    less of the encoders. Raises UnsupportedError if a component that is called in every step has too few heads.
+    less of the encoders. Raises UnsupportedError if a component that is called in every step has too few heads, or if
+    adapters or hooks do not work on slices.
     """
     if size == 1:
         return {}
@@ -58,6 +59,7 @@ def plan_components(
             every_step = name in roles.stepped
             ways = size if every_step else parts
             plans[name] = plan_tensors(modules[name], ways, family, must_cut=every_step, kept=shared)
+        refuse_uncuttable(name or type(modules[name]).__name__, modules[name], plans[name])
     return plans
 
 
@@ -156,12 +158,19 @@ def shard_components(components: Mapping[str, Any], plans: Mapping[str, TensorPl
 
 def cut_model(model: nn.Module, plan: TensorPlan, ranks: Collectives, title: str) -> None:
     """Cut a model and the adapters on it, in place. title: its name in messages."""
+    refuse_uncuttable(title, model, plan)  # once more: `load` plans on a model without weights
     with base_linears(model):
-        refuse_own_forwards(title, model, plan)
         shard_tensors(model, plan, ranks)
     cut_adapters(model, plan, ranks)
     watch_units(title, model, plan, ranks)
     subclass_in_place(model, adapter_members(model, plan, ranks))
+
+
+def refuse_uncuttable(title: str, model: nn.Module, plan: TensorPlan) -> None:
+    """Raise UnsupportedError for adapters and hooks on linears that do not work on slices, while all is whole."""
+    with base_linears(model):
+        refuse_own_forwards(title, model, plan)
+    refuse_adapters(model, plan)
 
 
 def refuse_own_forwards(component: str, module: nn.Module, plan: TensorPlan) -> None:

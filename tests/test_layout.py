@@ -182,7 +182,7 @@ BUDGET = {
     "language": 2765,
     "loading": 1370,
     "models": 930,
-    "parallel": 4790,
+    "parallel": 4800,
     "server": 5290,
     "settings": 450,
     "training": 3915,

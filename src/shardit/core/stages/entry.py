@@ -68,7 +68,7 @@ def pipeline_entry(
 def _refuse_profiler() -> None:
     """Raise InputError under a profiler of torch: its open ranges belong to a thread, and a switch between coroutines
     inside of one kills the process."""
-    if torch._C._autograd._profiler_enabled():
+    if torch.autograd._profiler_enabled():  # pyright: ignore[reportPrivateImportUsage]
         raise InputError(
             "torch.profiler cannot follow calls that run in turns on one rank: profile the plain pipeline, or the "
             "processes from outside"

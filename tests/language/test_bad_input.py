@@ -270,6 +270,8 @@ def test_load_and_omni_name_the_devices() -> None:
     refused(r"device 'gpu' is not supported \(use cpu or cuda\)", Omni, "tiny/flux", device="gpu")
     for model in ("tiny/llama", "tiny/flux"):
         refused(r"device 'gpu' is not supported \(use cpu or cuda\)", shardit.load, model, device="gpu")
+        if not torch.cuda.is_available():
+            refused("0 visible; leave device out, or use cpu", shardit.load, model, device="cuda")
 
 
 def test_a_tokenizer_that_cannot_be_read_ends_the_ranks(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from shardit.config import DiffusionParallelConfig
 from shardit.core.comm.decision import collective_decision
-from shardit.core.comm.mesh import init_mesh
+from shardit.core.comm.mesh import init_mesh, pick_device
 from shardit.core.modules.compiled import refuse_compiled
 from shardit.core.stages.runtime import Runtime
 from shardit.errors import InputError, UnsupportedError
@@ -91,7 +91,7 @@ def load_decoder(
     check_axes(config)
     prepared = PreparedDecoder(source, setting(dtype), loras)
     if not is_split(config):
-        return prepared.load_whole("cpu" if device is None else device)
+        return prepared.load_whole("cpu" if device is None else pick_device(device, 0))
     layout = lay_out_decoder(prepared.module, config)
     mesh = init_mesh(config, device=device, timeout_s=timeout_s)
     set_mesh_of_model(mesh)

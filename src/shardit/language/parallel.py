@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from shardit.config import DiffusionParallelConfig
@@ -91,7 +92,8 @@ def load_decoder(
     check_axes(config)
     prepared = PreparedDecoder(source, setting(dtype), loras)
     if not is_split(config):
-        return prepared.load_whole("cpu" if device is None else pick_device(device, 0))
+        number = 0 if device is None else torch.device(device).index or 0
+        return prepared.load_whole("cpu" if device is None else pick_device(device, number))
     layout = lay_out_decoder(prepared.module, config)
     mesh = init_mesh(config, device=device, timeout_s=timeout_s)
     set_mesh_of_model(mesh)

@@ -9,7 +9,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Processes that run tests, each a whole file: while one waits, another computes.
 WORKERS ?= 2
 
-.PHONY: demo test test-full matrix survey coverage transformers lint api size bench bench-serve gpu install clean
+.PHONY: demo test test-full matrix survey coverage transformers languages lint api size bench bench-serve gpu install clean
 
 demo: export DEMO_STARTED := $(shell date +%s)
 demo: install ## two stages make a video; compared with one rank
@@ -33,6 +33,9 @@ matrix: install ## every model on every axis; writes docs/supported-models.md
 
 transformers: install ## every transformer of the survey on two ranks; writes its part of docs/supported-models.md
 	$(BIN)/python -m tests.support.transformers_page
+
+languages: install ## every language model of the survey on two ranks; writes its part of docs/supported-models.md
+	$(BIN)/python -m tests.language.table
 
 survey: install ## every pipeline class on two ranks; writes its part of docs/supported-models.md
 	$(BIN)/python -m tests.pipelines.measure

@@ -11,6 +11,7 @@ import logging
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 
 import torch
 import transformers
@@ -83,27 +84,37 @@ def buildable() -> list[str]:
     return found
 
 
-def main(names: list[str]) -> None:
-    """Measure families and print a line for each."""
-    axis = "tensor_parallel_size" if "--tensor" in names else "pipeline_parallel_size"
-    names = [name for name in names if name != "--tensor"]
-    todo, sums = names or buildable(), Counter[str]()
+def survey(names: list[str], axis: str) -> Iterator[tuple[str, list[str], str]]:
+    """Measure families over two ranks. Yield for each its name, the results of the cases and of batches, and the
+    modules that stay whole."""
+    todo = list(names)
     while todo:
         try:
             of_ranks = run_ranks(2, measure, todo[:AT_ONCE], axis, timeout=600)
         except RanksFailed as error:
             of_ranks = [[(todo[0], [f"ended: {str(error).splitlines()[-1]}"], "")]] * 2
         for one, other in zip(*of_ranks, strict=False):
-            name, results = one[0], one[1] if one[1] == other[1] else ["WRONG: ranks differ"]
-            kinds = {result.partition(":")[0] for result in results}
-            outcome = next((kind for kind in ("WRONG", "ended") if kind in kinds), "right")
-            refused = [result for result in results if result.startswith(("UnsupportedError", "InputError"))]
-            outcome = "refused" if outcome == "right" and refused else outcome
-            failed = [r for r in results if r not in ("right", "not on one rank") and r not in refused]
-            outcome = "failed" if outcome == "right" and failed else outcome
-            sums[outcome] += 1
-            print(f"{name}: {outcome} {one[2] if outcome == 'right' else (failed or refused)[0][:200]}", flush=True)
-            todo.remove(name)
+            yield one[0], one[1] if one[1] == other[1] else ["WRONG: ranks differ"], one[2]
+            todo.remove(one[0])
+
+
+def outcome_of(results: list[str]) -> tuple[str, list[str]]:
+    """Return "right", "refused", "failed", "ended" or "WRONG", and the results that show it."""
+    refused = [result for result in results if result.startswith(("UnsupportedError", "InputError"))]
+    failed = [result for result in results if result not in ("right", "not on one rank", *refused)]
+    kinds = {result.partition(":")[0] for result in failed}
+    worst = next((kind for kind in ("WRONG", "ended") if kind in kinds), "failed" if failed else "right")
+    return ("refused", refused) if worst == "right" and refused else (worst, failed)
+
+
+def main(names: list[str]) -> None:
+    """Measure families and print a line for each."""
+    axis = "tensor_parallel_size" if "--tensor" in names else "pipeline_parallel_size"
+    names, sums = [name for name in names if name != "--tensor"], Counter[str]()
+    for name, results, whole in survey(names or buildable(), axis):
+        outcome, shown = outcome_of(results)
+        sums[outcome] += 1
+        print(f"{name}: {outcome} {shown[0][:200] if shown else whole}", flush=True)
     print(dict(sums))
 
 

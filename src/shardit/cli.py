@@ -17,7 +17,7 @@ from shardit.diffusion.output.from_file import differences, other_pictures, othe
 from shardit.diffusion.output.output import savable
 from shardit.diffusion.output.target import SUFFIXES, check_path
 from shardit.engine.nodes.node_facts import versions
-from shardit.engine.process.exit_code import INTERRUPTED, OK, ended_by, open_closed_streams, take_any_bytes
+from shardit.engine.process.exit_code import INTERRUPTED, OK, ended_by, prepare_streams
 from shardit.engine.process.process import is_first_rank
 from shardit.errors import InputError
 from shardit.flags import ChatFlags, CompleteFlags, GenerateFlags, InspectFlags
@@ -86,8 +86,7 @@ def _note(lines: Sequence[str]) -> None:
 
 def run_app(app: typer.Typer, arguments: Sequence[str] | None, name: str) -> int:
     """Run a typer application; every way it can end becomes an exit code and at most one line on stderr."""
-    open_closed_streams()
-    take_any_bytes()
+    prepare_streams()
     try:
         # Not standalone: typer would print usage errors in boxes and end the process by itself.
         code = typer.main.get_command(app).main(

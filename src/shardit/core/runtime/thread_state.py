@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._python_dispatch import _pop_mode as _pop_dispatch_mode
 from torch.utils._python_dispatch import _push_mode as _push_dispatch_mode
 
+from shardit.errors import InputError
+
 
 class TorchState(NamedTuple):
     """Grad, inference and autocast modes, function and dispatch modes of one coroutine, while it is not running.
@@ -106,3 +108,13 @@ class Generators:
             torch.cuda.set_rng_state_all(list(self.devices))
         random.setstate(self.python)
         numpy.random.set_state(self.numpy)
+
+
+def refuse_profiler() -> None:
+    """Raise InputError under a profiler of torch: its open ranges belong to a thread, and a switch between coroutines
+    inside of one kills the process."""
+    if torch.autograd._profiler_enabled():  # pyright: ignore[reportPrivateImportUsage]
+        raise InputError(
+            "torch.profiler cannot follow calls that run in turns on one rank: profile the plain pipeline, or the "
+            "processes from outside"
+        )

@@ -45,7 +45,6 @@ def pipeline_entry(
 
     def __call__(pipe: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            _refuse_profiler()
             alike, refusal = begin(pipe), None
         except InputError as error:
             alike, refusal = {f"parts ({error})": None}, error
@@ -65,16 +64,6 @@ def pipeline_entry(
     return __call__
 
 
-def _refuse_profiler() -> None:
-    """Raise InputError under a profiler of torch: its open ranges belong to a thread, and a switch between coroutines
-    inside of one kills the process."""
-    if torch.autograd._profiler_enabled():  # pyright: ignore[reportPrivateImportUsage]
-        raise InputError(
-            "torch.profiler cannot follow calls that run in turns on one rank: profile the plain pipeline, or the "
-            "processes from outside"
-        )
-
-
 class Entry:
     """The interceptor of the calls of a model, outside all others. run: makes a call, given the model's own `__call__`;
     None: as the model does itself."""
@@ -90,8 +79,6 @@ class Entry:
             refuse_compiling(self._name, torch.compiler.is_compiling())
             if inside.get() is model:  # the forward calls the model itself
                 return own_call(model, *args, **kwargs)
-            if self._runtime is not None:
-                _refuse_profiler()
             with nullcontext() if self._runtime is None else self._runtime.turn():
                 token = inside.set(model)
                 watched = self._runtime is not None and self._runtime.watches

@@ -19,6 +19,7 @@ from shardit.core.modules.snapshot import PLAIN
 from shardit.core.placement.assignment import Assignment
 from shardit.core.runtime.digests import short_hash
 from shardit.core.runtime.randomness import dropout_in_training
+from shardit.core.runtime.thread_state import refuse_profiler
 from shardit.core.stages.runtime import Runtime
 from shardit.diffusion.class_homes import MODELS
 from shardit.diffusion.sharding.adapters import AdapterScales, collective_fuse, unpadded_members
@@ -111,6 +112,7 @@ class ComponentSharding:
     def begin(self) -> dict[str, Any]:
         """Check the component before a call. Return the state that must be equal on all ranks, by its name in messages:
         hooks of users on modules, and a hash of all changes so far."""
+        refuse_profiler()
         self.check()
         found: dict[str, Any] = {f"changes of {self.title} ({self._last})": self._history} if self._history else {}
         if self._adapters is not None and (scales := self._adapters.hash()):

@@ -39,7 +39,13 @@ def ended_by(error: Exception) -> int:
     return _failed(_in_one_line(error), OURS, every_rank=True)
 
 
-def open_closed_streams() -> None:
+def prepare_streams() -> None:
+    """Let standard streams be open, and pass any bytes, before the first is used."""
+    _open_closed_streams()
+    _take_any_bytes()
+
+
+def _open_closed_streams() -> None:
     """Connect the standard streams that a shell has closed (`<&-`) to nothing: Python has None for them, and the next
     file would get their descriptor."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
@@ -49,7 +55,7 @@ def open_closed_streams() -> None:
             setattr(sys, name, stream)
 
 
-def take_any_bytes() -> None:
+def _take_any_bytes() -> None:
     """Let standard input and output pass bytes that are no valid text: a check says what is wrong with them, and names
     of files may have any."""
     for stream in (sys.stdin, sys.stdout):

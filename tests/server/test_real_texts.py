@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import socket
 import threading
 import time
@@ -45,8 +46,9 @@ def llm() -> Iterator[LLM]:
 
 
 def metric(server: RealServer, name: str) -> float:
+    """The value of a metric; NaN while the supervisor is too busy to tell its own."""
     lines = server.call("GET", "/metrics")[1].decode().splitlines()
-    return next(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{name} "))
+    return next((float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{name} ")), math.nan)
 
 
 def wait_idle(server: RealServer, timeout_s: float = 20.0) -> None:

@@ -35,7 +35,7 @@ Written by `make languages` from what it measured; not by hand. Every family of 
 that can be built tiny, in float32 against one rank. Over two stages (the first columns) `=` is the same tokens and the
 same bits of all logits, `-` what one rank cannot do; `batches` are prompts that join and leave as `LLM` runs them. On
 two tensor ranks (`tp 2`) tokens are equal and logits close. The last column is pipeline parallelism of transformers
-itself on two ranks: the cases whose tokens are not those of one rank, or that fail.
+itself on two ranks: the cases whose tokens are not those of one rank, or that fail; nothing where it was not tried.
 
 """
 
@@ -99,10 +99,15 @@ def row(name: str, found: Found) -> list[str]:
     """Return the cells of a family."""
     stages = [*map(cell, found["pp 2"])]
     stages += [stages[0]] * (len(COLUMNS) - len(stages))  # refused as a whole
-    pairs = list(zip(COLUMNS, found[PEER], strict=False))
+    return [name, *stages, outcome_of([*found["tp 2"]])[0], cell_of_peer(found.get(PEER, []))]
+
+
+def cell_of_peer(results: Sequence[str]) -> str:
+    """Return the cases that transformers' own parallelism does not do as one rank; nothing if it was not tried."""
+    pairs = list(zip(COLUMNS, results, strict=False))
     wrong = [case for case, result in pairs if result not in ("right", "not on one rank")]
-    whole = len(found[PEER]) < len(CASES) or len(wrong) == sum(result != "not on one rank" for _, result in pairs)
-    return [name, *stages, outcome_of([*found["tp 2"]])[0], "all" if whole and wrong else ", ".join(wrong) or "="]
+    ended = len(results) < len(CASES) or len(wrong) == sum(result != "not on one rank" for _, result in pairs)
+    return ("all" if wrong and ended else ", ".join(wrong) or "=") if results else ""
 
 
 def render(found: Mapping[str, Found]) -> str:
@@ -116,8 +121,9 @@ def render(found: Mapping[str, Found]) -> str:
         lines.append(
             f"\n{column}: of {len(rows)} families {', '.join(f'{n} {kind}' for kind, n in kinds.most_common())}"
         )
-    right = sum(cells[-1] == "=" for cells in rows)
-    lines.append(f"\n{PEER}: all cases of {right} of {len(rows)} families have the tokens of one rank")
+    tried = [cells[-1] for cells in rows if cells[-1]]
+    counts = f"{tried.count('=')} in all cases, {tried.count('all')} in none"
+    lines.append(f"\n{PEER}: of {len(tried)} families tried, the tokens are those of one rank for {counts}")
     return HEAD + "\n".join(lines) + "\n"
 
 

@@ -50,7 +50,8 @@ def class_of(source: DecoderSource) -> type:
 def _refuse_adapter_beside(folder: Path, loras: Sequence[Lora]) -> None:
     """Raise InputError for an adapter in the folder of a model, unless it is one of those that are merged: transformers
     would load it."""
-    if not any(Path(lora.path).resolve() in (folder.resolve(), *folder.resolve().iterdir()) for lora in loras):
+    given = [Path(lora.path).resolve() for lora in loras]
+    if not any(folder.resolve() in (path, path.parent) for path in given):
         raise InputError(
             f"{folder} holds an adapter besides the model: give it as lora={folder} (--lora), or remove "
             f"{ADAPTER_CONFIG} to run the model without it"

@@ -100,20 +100,29 @@ class Comparison:
     ) -> Exception | None:
         """Return the error of the whole unit with the same arguments, which then are wrong, on any tensor rank; None if
         there is none."""
-        args, kwargs = tree_unflatten(_copies(twins), tree_flatten((self.args, self.kwargs))[1])
+        _, failure = self._run_whole(unit, twins, before, generators)
+        if not self._all(failure is None) and failure is None:
+            return RankError(-1, f"{self.name} fails with these arguments on another tensor rank")
+        return failure
+
+    def _run_whole(
+        self, unit: nn.Module, leaves: list[Any], before: State, generators: States
+    ) -> tuple[Any, Exception | None]:
+        """Run the unit with whole weights and copies of arguments, from its state before. Return its result, or None
+        and its error."""
+        args, kwargs = tree_unflatten(_copies(leaves), tree_flatten((self.args, self.kwargs))[1])
         restore(before)
         self._set_random_state(generators)
-        found: Exception | None = None
         try:
             with whole_for_now(self.model, self.name, self.plan, self.ranks):
-                self._run(unit, args, kwargs, together=False)
+                start = state_of(unit, self._given)  # with whole weights
+                out = self._run(unit, args, kwargs, together=False)
+                self._sums += new_values(start, state_of(unit, self._given))
         except (RankError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as failure:
-            found = failure
-        if not self._all(found is None) and found is None:
-            return RankError(-1, f"{self.name} fails with these arguments on another tensor rank")
-        return found
+            return None, failure
+        return out, None
 
     def _run(self, unit: nn.Module, args: Any, kwargs: Any, together: bool) -> Any:
         """Run the unit's own forward; `_sums` then contains the outputs of the linears behind its heads. together:
@@ -148,24 +157,13 @@ class Comparison:
             return [count == self.ranks.size for count in gathered.tolist()]
 
     def _is_right(self, unit: nn.Module, out: Any, twins: list[Any], before: State, generators: States) -> bool:
-        sums, spec = self._sums, tree_flatten((self.args, self.kwargs))[1]
+        sums = self._sums
         # Units may pass tensors of local heads to each other. If nothing else is right, these are gathered.
         for given in (lambda: twins, lambda: self._of_all_heads(twins)):
-            args, kwargs = tree_unflatten(_copies(given()), spec)
-            expected, whole = None, False
-            restore(before)
-            self._set_random_state(generators)
-            try:
-                with whole_for_now(self.model, self.name, self.plan, self.ranks):
-                    start = state_of(unit, self._given)  # with whole weights
-                    expected = self._run(unit, args, kwargs, together=False)
-                    self._sums += new_values(start, state_of(unit, self._given))
-                whole = True
-            except (RankError, MemoryError, torch.OutOfMemoryError):
-                raise
-            except Exception as failure:
+            expected, failure = self._run_whole(unit, given(), before, generators)
+            if failure is not None:
                 self.why = str(failure)
-            if self._all(whole) and self._all(self._agree(expected, out, sums)):
+            if self._all(failure is None) and self._all(self._agree(expected, out, sums)):
                 return True
         return False
 

@@ -179,7 +179,7 @@ BUDGET = {
     "core": 7310,
     "diffusion": 3925,
     "engine": 3060,
-    "language": 2765,
+    "language": 2785,
     "loading": 1370,
     "models": 930,
     "parallel": 4800,

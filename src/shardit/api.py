@@ -69,7 +69,7 @@ def parallelize(
     """
     config = config_of(config, parallel, "parallelize", ("config", "plan", "timeout_s"))
     target: Any = module_or_pipeline
-    if is_decoder(target) and is_split(config):
+    if is_split(config) and is_decoder(target, config):
         return parallelize_decoder(target, config, plan, timeout_s)
     modules = components_of(target)
     if modules is None:
@@ -191,7 +191,7 @@ def load(
     **settings: Any,
 ) -> Any:
     """Return the parallel pipeline of a model folder, hub id or "tiny/NAME"; every rank reads only the weights that it
-    owns. Of a folder with a causal language model of transformers: that model, over stages and tensor ranks.
+    owns. Of a folder with a model of transformers: that model, over stages and tensor ranks.
 
     Collective, like `parallelize`. dtype: None as the checkpoint's classes have it, else what `torch_dtype` means to
     `from_pretrained`. model_config: as for `Omni`. settings: how the model is loaded (as for `Omni`), and fields of the

@@ -21,7 +21,7 @@ EVERYWHERE = "outside of blocks"
 
 def inspect_decoder(source: DecoderSource, config: DiffusionParallelConfig, dtype: Setting = None) -> dict[str, Any]:
     """As `inspect_model`, with embedding, layers and head as components. Bytes are those in memory."""
-    prepared = PreparedDecoder(source, dtype)
+    prepared = PreparedDecoder(source, dtype, generates=False)
     sizes, layout = axis_sizes(config), lay_out_decoder(prepared.module, config)
     ranks = []
     for rank in range(config.world_size):

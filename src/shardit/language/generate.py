@@ -34,8 +34,10 @@ def members_of(
 ) -> dict[str, Callable[..., Any]]:
     """Return the methods of a model over stages or tensor ranks."""
     cls = type(model)
-    members = {
-        "__call__": call_member(cls, stages, runtime, collected, changes=changes),
+    members = {"__call__": call_member(cls, stages, runtime, collected, changes=changes)}
+    if not hasattr(cls, "generate"):  # without a head, or with one that does not make tokens
+        return members
+    members |= {
         "generate": _generate_member(cls, stages, runtime, changes),
         "_get_stopping_criteria": criteria_member(cls, stages, runtime),
         "_get_logits_processor": processors_member(cls, runtime),

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from shardit.config import DiffusionParallelConfig
 from shardit.core.comm.decision import collective_decision
@@ -23,11 +24,13 @@ from shardit.parallel_state import set_mesh_of_model
 from shardit.settings.lora import Lora
 
 
-def is_decoder(model: Any) -> bool:
-    """Return whether this is a decoder-only model of transformers that generates tokens."""
-    kinds = {cls.__name__: cls.__module__ for cls in type(model).__mro__}
-    generates = kinds.get("GenerationMixin", "").startswith("transformers.")
-    return generates and not getattr(model.config, "is_encoder_decoder", False)
+def is_decoder(model: Any, config: DiffusionParallelConfig) -> bool:
+    """Return whether this is a model of transformers that is sharded as a decoder: one that generates tokens, or over
+    stages one with the same layers and another head or none, or an encoder: all of them make caches and record hidden
+    states in the same way."""
+    if not isinstance(model, PreTrainedModel) or getattr(model.config, "is_encoder_decoder", False):
+        return False
+    return hasattr(model, "generate") or config.pipeline_parallel_size > 1
 
 
 def refuse_generator(model: Any, config: DiffusionParallelConfig) -> None:
@@ -90,7 +93,7 @@ def load_decoder(
     """Load the language model of a source, with adapters merged into it; each rank reads its slices of its layers.
     Collective."""
     check_axes(config)
-    prepared = PreparedDecoder(source, setting(dtype), loras)
+    prepared = PreparedDecoder(source, setting(dtype), loras, generates=False)
     if not is_split(config):
         number = 0 if device is None else torch.device(device).index or 0
         return prepared.load_whole("cpu" if device is None else pick_device(device, number))

@@ -132,6 +132,8 @@ def _single_files(given: Any) -> dict[str, str]:
             raise InputError(f"single file {path} does not exist: correct the path")
         if path.suffix == ".gguf":
             raise InputError(f"single file {path} is quantized, which is not supported: give a .safetensors file")
+        if path.suffix == ".json":
+            raise InputError(f"single file {path} holds no weights: give a .safetensors file, or the folder as model")
         if path.suffix != ".safetensors":
             raise InputError(f"single file {path} is no .safetensors file: pickles can run code, convert it first")
         found[name] = str(path.resolve())

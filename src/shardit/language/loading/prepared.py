@@ -10,7 +10,7 @@ from shardit.errors import InputError
 from shardit.language.loading.adapter import open_adapter
 from shardit.language.loading.gguf import GGUFFile
 from shardit.language.loading.merge import check_adapters, merge_adapters, shapes_of
-from shardit.language.loading.source import DecoderSource
+from shardit.language.loading.source import DecoderSource, read_config
 from shardit.language.loading.untied import untie
 from shardit.language.sharding import DecoderLayout, blocks_of
 from shardit.loading.checkpoint import Checkpoint
@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def class_of(source: DecoderSource) -> type:
-    """Return the class of a source: a causal language model, or a model of text and images.
+def class_of(source: DecoderSource, generates: bool = True) -> type:
+    """Return the class of a source: a causal language model, a model of text and images, or, unless it has to generate
+    tokens, one with the same layers and another head or none.
 
     Raises InputError if it has none.
     """
@@ -39,12 +40,28 @@ def class_of(source: DecoderSource) -> type:
     named, kind = source.architecture, str(source.model_type)
     causal, images = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     known = named in (*causal.values(), *images.values())
+    if not known and named is not None and hasattr(transformers, named):
+        _check_other(source, named, generates)
+        return getattr(transformers, named)
     name = named if known else causal.get(kind, images.get(kind))
     if not isinstance(name, str):
         raise InputError(
             f"{source.folder} holds {named or 'no model'}: shardit runs causal language models of transformers"
         )
     return getattr(transformers, name)
+
+
+def _check_other(source: DecoderSource, named: str, generates: bool) -> None:
+    """Raise InputError for a class that is no language model, where one is needed, and for encoder and decoder."""
+    if read_config(source.folder).get("is_encoder_decoder"):
+        raise InputError(
+            f"{source.folder} holds {named}, an encoder and a decoder, which only parallelize takes: load it with "
+            "transformers, and give it to shardit.parallelize(model, tensor_parallel_size=...)"
+        )
+    if generates:
+        raise InputError(
+            f"{source.folder} holds {named}, which generates no text: load it with shardit.load, and call it"
+        )
 
 
 def _refuse_adapter_beside(folder: Path, loras: Sequence[Lora]) -> None:
@@ -60,9 +77,11 @@ def _refuse_adapter_beside(folder: Path, loras: Sequence[Lora]) -> None:
 
 class PreparedDecoder:
     """A language model on meta, with the files of its weights, and the adapters that loading merges into them. Raises
-    InputError for adapters that do not fit."""
+    InputError for adapters that do not fit. generates: whether the model has to generate tokens."""
 
-    def __init__(self, source: DecoderSource, dtype: Setting = None, loras: Sequence[Lora] = ()):
+    def __init__(
+        self, source: DecoderSource, dtype: Setting = None, loras: Sequence[Lora] = (), generates: bool = True
+    ):
         self.source, self.kept = source, dtype_of(dtype, "model")
         if source.gguf is None and (source.folder / ADAPTER_CONFIG).is_file():
             _refuse_adapter_beside(source.folder, loras)
@@ -73,7 +92,7 @@ class PreparedDecoder:
             self.module: Any = self._file.build(self.kept)
         else:
             self._checkpoint = Checkpoint.open(source.folder, source.remote)
-            self.module = build(class_of(source), source.folder, self.kept, self._checkpoint.stored_dtype)
+            self.module = build(class_of(source, generates), source.folder, self.kept, self._checkpoint.stored_dtype)
             untie(self.module, self._checkpoint)
         self._adapters = [open_adapter(lora) for lora in loras]
         check_adapters(self.module, self._adapters)

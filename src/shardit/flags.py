@@ -43,7 +43,7 @@ class ParallelFlags(flag_class(DiffusionParallelConfig)):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelFlags(flag_class(ModelOptions)):
+class ModelFlags(flag_class(ModelOptions, unset=True)):
     """How a model is loaded."""
 
     config: str | None = declare(

@@ -56,6 +56,12 @@ def test_flags_of_a_file(tmp_path, suffix):
     assert (params.strength, params.extra_args["caption"]) == (0.5, "x")
 
 
+def test_a_flag_turns_off_a_switch_of_the_file(tmp_path):
+    made = saved(tmp_path / "x.png", vae_tiling=True, vae_slicing=True)
+    flags = GenerateFlags(from_file=made, vae_tiling=False).completed()
+    assert flags.model_options() == model_options(vae_slicing=True)
+
+
 def test_input_pictures_of_another_size_are_noted():
     record = {"input_image_sizes": [[160, 128]]}
     assert other_pictures(record, [(160, 128)]) == []

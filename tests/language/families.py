@@ -50,21 +50,62 @@ _LATENT = (
     *("longcat_flash", "minicpm3", "sarvam_mla", "youtu"),
 )
 
+_SLIDING = ["sliding_attention", "full_attention"] * 2
+
 OVERRIDES: dict[str, dict[str, Any]] = {
     **{name: {"num_key_value_heads": 4} for name in _LATENT},
     "bailing_hybrid": {"layer_group_size": 2, "num_key_value_heads": 4},
     "bamba": {"mamba_n_heads": 8, "attn_layer_indices": [1, 3]},
     "codegen": {"rotary_dim": 4},
+    "cohere_compass_text": {
+        "layer_types": _SLIDING,
+        "rope_parameters": {kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in _SLIDING},
+    },
+    "dory": {"n_input_layers": 1, "n_output_layers": 1, "n_recurrent_layers": 2},
     "dots1": {"n_shared_experts": 1},
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_ssm": 64},
+    "gemma3n_text": {
+        "layer_types": _SLIDING,
+        "num_kv_shared_layers": 2,
+        "intermediate_size": 64,
+        "laurel_rank": 4,
+        "activation_sparsity_pattern": [0.0] * 4,
+    },
+    "gemma4_text": {"layer_types": _SLIDING, "num_kv_shared_layers": 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 8},
     "gptj": {"rotary_dim": 4},
     "granitemoehybrid": {"mamba_n_heads": 8, "layer_types": ["mamba", "attention"] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "mamba_dt_rank": 4},
+    "kimi_linear": {
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "num_key_value_heads": 4,
+        "linear_head_dim": 8,
+        "linear_num_heads": 4,
+    },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2},
-    "reformer": {"is_decoder": True},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 64,
+        "indexer_compress_ratio": 4,
+        "hc_lowrank": 8,
+        "ngram_vocab_size_base": 64,
+        "split_ngram_parts": 2,
+    },
+    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [8, 24], "axial_pos_shape": [16, 16]},
     "xlstm": {"head_dim": None, "qk_dim_factor": 1.0, "v_dim_factor": 1.0},
+    "xmod": {"default_language": "en_XX"},
+    "zamba2": {
+        "layers_block_type": ["mamba", "hybrid"] * 2,
+        "hybrid_layer_ids": [1, 3],
+        "num_mem_blocks": 1,
+        "mamba_ngroups": 2,
+        "n_mamba_heads": 8,
+        "mamba_headdim": 8,
+        "attention_head_dim": 16,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
 """Additional or other values for a family; None omits a name."""

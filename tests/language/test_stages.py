@@ -415,9 +415,9 @@ def test_configurations_that_differ_and_streamers_of_all_ranks() -> None:
     assert second["text"] == ""
 
 
-def cross_window(rank: int, count: int, method: str) -> list[bool]:
+def cross_window(rank: int, count: int, method: str, name: str) -> list[bool]:
     """Generate over the sliding window of 8 tokens, after a shorter prompt, with layers that share keys."""
-    model, plain, found = make_sharded("gemma4_text", started(rank, count, method)), families.make("gemma4_text"), []
+    model, plain, found = make_sharded(name, started(rank, count, method)), families.make(name), []
     for batch, length, new in ((1, 4, 6), (2, 4, 12), (2, 9, 3), (2, 4, 6)):
         ids = torch.randint(3, 128, (batch, length), generator=torch.Generator().manual_seed(1))
         options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": new, "do_sample": False}
@@ -425,8 +425,9 @@ def cross_window(rank: int, count: int, method: str) -> list[bool]:
     return found
 
 
-def test_shared_keys_beyond_a_window() -> None:
-    assert run_ranks(2, cross_window) == [[True] * 4] * 2
+@pytest.mark.parametrize("name", ["gemma4_text", "gemma3n_text"])
+def test_shared_keys_beyond_a_window(name: str) -> None:
+    assert run_ranks(2, cross_window, name) == [[True] * 4] * 2
 
 
 def compare_lengths_of_chunks(rank: int, count: int, method: str) -> list[str]:

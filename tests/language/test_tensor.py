@@ -17,7 +17,7 @@ import shardit
 from shardit import LLM, DiffusionParallelConfig, InputError, UnsupportedError
 from shardit.core.comm.mesh import init_mesh
 from shardit.core.stages.runtime import Runtime
-from shardit.language.sharding import lay_out_decoder, shard_decoder
+from shardit.language.sharding import lay_out_decoder, query_heads, shard_decoder
 from shardit.language.tensor import FAMILY, plan_decoder
 from shardit.parallel.tensor.heads import Heads
 from tests.language import families
@@ -44,6 +44,9 @@ FAST: tuple[tuple[str, dict[str, Any]], ...] = (
     ("mixtral", {}),
     ("olmo2", {}),
     ("deepseek_v3", {}),
+    ("gemma4_text", {}),
+    ("gemma4_text", {"attention_k_eq_v": True}),
+    ("gemma3n_text", {}),
     ("qwen3_next", {}),
     ("qwen3_5_text", {}),
     ("falcon_h1", {"mamba_n_groups": 1, "ssm_multipliers": [0.5, 1.5, 0.7, 1.2, 0.9]}),
@@ -54,7 +57,8 @@ FAST: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 """Plain attention; a sliced tied vocabulary; fused queries, keys and values, in two orders; experts with biases and
 sinks; states by groups, by heads that share one, and by channels; experts; norms across all heads; a latent shared by
-all heads; a gate for each query head, and linear attention by key heads, in two forms; factors of
+all heads; layers over keys of others, and over keys that are the values, too; a gate for each query head, and linear
+attention by key heads, in two forms; factors of
 channels and steps, without a norm and with one."""
 
 
@@ -85,7 +89,7 @@ def test_tokens_equal_those_of_one_rank() -> None:
 def compare_on_four(rank: int, count: int, method: str) -> dict[str, Any]:
     """Compare models with more ranks than key heads, and stages of tensor ranks with groups in flight."""
     init_mesh(FOUR, device="cpu", timeout_s=60, rank=rank, init_method=method)
-    found: dict[str, Any] = {name: results(name, {}, FOUR)[0] for name in ("qwen3", "phi3")}
+    found: dict[str, Any] = {name: results(name, {}, FOUR)[0] for name in ("qwen3", "phi3", "gemma4_text")}
     key: Any = shardit.parallelize(families.make("qwen3"), FOUR).model.layers[0].self_attn.k_proj.weight
     found["key heads"] = key.shape[0] // 8
     for name, changes in (("llama", {}), ("qwen3", {"vocab_size": 1100, "tie_word_embeddings": True}), ("mamba2", {})):
@@ -237,6 +241,13 @@ def test_notes_name_replicated_modules() -> None:
         "self_attn is whole on every rank: no rule matches lambda_q1 (4 of them)"
         in lay_out_decoder(model, TWO).notes[1]
     )
+
+
+def test_numbers_of_heads_that_may_differ_between_layers() -> None:
+    config = families.config_of("dots3_note_text")
+    assert config.is_heterogeneous
+    assert query_heads(config) in (0, 4)
+    assert query_heads(families.config_of("llama")) == 4
 
 
 def test_vocabulary_alone_is_not_tensor_parallelism() -> None:

@@ -44,11 +44,11 @@ OWN = "_shardit_layer"
 
 @dataclass(eq=False)
 class NewCache:
-    """A cache in the first call of a model. shape: of the hidden states. passed: keys of the calls of blocks of other
-    ranks with it."""
+    """A cache in the first call of a model. tokens: see `_tokens`. passed: keys of the calls of blocks of other ranks
+    with it."""
 
     cache: Any
-    shape: torch.Size
+    tokens: tuple[int, ...]
     passed: set[Any] = field(default_factory=set)
 
 
@@ -85,7 +85,7 @@ class StageCaches:
                 if self._complete:
                     self._add_stand_ins(cache)
                 elif all(one.cache is not cache for one in self._new):
-                    self._new.append(NewCache(cache, _first(arguments).shape))
+                    self._new.append(NewCache(cache, _tokens(arguments)))
 
     def advance(self, key: Any, caches: Sequence[Any], arguments: Sequence[Any]) -> None:
         """Advance the layers that a block of another rank has updated, if they have no stand-in; of a new cache at the
@@ -97,7 +97,7 @@ class StageCaches:
                 continue
             for number in self._updated.get(key, ()) if missing else ():
                 if number in missing:
-                    _advance(cache, number, _first(arguments).shape)
+                    _advance(cache, number, _tokens(arguments))
 
     def snapshot(self, arguments: Sequence[Any]) -> Any:
         """Return the state of caches and other objects, on the owner, before the first call of a structure."""
@@ -131,7 +131,7 @@ class StageCaches:
             # Later blocks (another group may be in the middle of its call) advance their own layers. A block that has
             # failed in its first call has told nothing of them.
             for number in sorted({n for key in new.passed for n in self._updated.get(key, ())} & missing):
-                _advance(new.cache, number, new.shape)
+                _advance(new.cache, number, new.tokens)
         self._new.clear()
 
     def _add_stand_ins(self, cache: Any) -> set[int]:
@@ -184,8 +184,12 @@ def _may_hold_state(leaf: Any) -> bool:
     return not isinstance(leaf, known) and hasattr(leaf, "__dict__") and not callable(leaf)
 
 
-def _first(arguments: Sequence[Any]) -> torch.Tensor:
-    return next(one for one in arguments if isinstance(one, torch.Tensor))
+def _tokens(arguments: Sequence[Any]) -> tuple[int, ...]:
+    """Return the numbers of rows and of tokens that a layer is given: the first dims of its hidden states, or the next
+    ones where several versions of these lie side by side, as other arguments show."""
+    hidden, *others = (tuple(one.shape) for one in arguments if isinstance(one, torch.Tensor))
+    pairs = (hidden[:2], hidden[1:3]) if len(hidden) > 3 else (hidden[:2],)
+    return next((pair for pair in pairs if any(other[:2] == pair for other in others)), hidden[:2])
 
 
 def _kind(layer: Any) -> tuple[Any, ...]:
@@ -195,14 +199,14 @@ def _kind(layer: Any) -> tuple[Any, ...]:
     return (type(layer), *sorted(plain.items()))
 
 
-def _advance(cache: Any, number: int, shape: torch.Size) -> None:
-    """Advance a cache layer that another rank updates. shape: of the hidden states."""
+def _advance(cache: Any, number: int, tokens: tuple[int, ...]) -> None:
+    """Advance a cache layer that another rank updates. tokens: see `_tokens`."""
     layer = cache.layers[number]
     if isinstance(layer, CacheLayerMixin):
-        length = shape[1]
+        length = tokens[1]
         if isinstance(layer, StaticLayer) and not layer.is_sliding:  # of cross-attention it is shorter than the text
             length = min(length, layer.max_cache_len - int(layer.get_seq_length()))
-        nothing = torch.zeros(shape[0], 1, length, 1)
+        nothing = torch.zeros(tokens[0], 1, length, 1)
         layer.update(nothing, nothing)
     if isinstance(layer, LinearAttentionCacheLayerMixin):
         for state in list(layer.has_previous_state):

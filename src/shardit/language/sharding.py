@@ -137,8 +137,7 @@ def shard_decoder(model: Any, runtime: Runtime, layout: DecoderLayout, config: D
     all blocks."""
     blocks, device = blocks_of(model), torch.device(runtime.mesh.device)
     neighbours = Collectives(runtime.mesh.axes["tp"]) if "tp" in runtime.mesh.axes else None
-    heads = getattr(model.config.get_text_config(decoder=True), "num_attention_heads", 0)  # a cut may change it
-    collected = CollectedOutputs(heads, neighbours)
+    collected = CollectedOutputs(query_heads(model.config), neighbours)  # before a cut, which may change the number
     if layout.slices is not None:
         for note in layout.notes if runtime.mesh.rank == 0 else ():
             log.warning("%s: %s", type(model).__name__, note)
@@ -167,6 +166,14 @@ def shard_decoder(model: Any, runtime: Runtime, layout: DecoderLayout, config: D
         inside = name and any(block.startswith(f"{name}.") for block, _ in blocks)
         if inside and isinstance(part, PreTrainedModel):  # it may be called directly
             subclass_in_place(part, {"__call__": call_member(type(part), stages, runtime, collected, checks, changes)})
+
+
+def query_heads(config: Any) -> int:
+    """Return the number of query heads of each layer; 0 if it differs between layers, or is not known."""
+    text = config.get_text_config(decoder=True)
+    layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text]
+    numbers = {getattr(one, "num_attention_heads", 0) for one in layers}
+    return numbers.pop() if len(numbers) == 1 else 0
 
 
 def _refused(name: str, why: str) -> Callable[..., None]:

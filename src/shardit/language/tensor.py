@@ -43,6 +43,7 @@ FAMILY = Family(
             key_norms=("k_norm", "v_norm", "k_layernorm", "key_layernorm"),
             head_vectors=("sinks",),
             gated=True,
+            borrows="is_kv_shared_layer",
         ),
     ),
     fused_attentions=(

@@ -46,10 +46,24 @@ def split(call: FlatCall, count: int) -> list[FlatCall]:
 def pattern(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, ...]:
     """Return which arguments `split` would cut: sizes that happen to equal the batch size make another pattern."""
     batch = batch_size(args, kwargs)
-    leaves, _ = tree_flatten((args, kwargs), is_leaf=lambda value: type(value) is list and len(value) == batch)
-    return tuple(
-        isinstance(leaf, list) or (isinstance(leaf, torch.Tensor) and leaf.shape[:1] == (batch,)) for leaf in leaves
-    )
+    return tuple(_has_samples(leaf, batch) for leaf in _leaves(args, kwargs, batch))
+
+
+def samples_differ(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return whether a batch has samples that are not equal: only these show whether a model relates samples."""
+    batch = batch_size(args, kwargs)
+    samples = [list(leaf) for leaf in _leaves(args, kwargs, batch) if _has_samples(leaf, batch)]
+    tensors = ([one for one in each if isinstance(one, torch.Tensor)] for each in samples)
+    return any(not torch.equal(one, first) for first, *others in filter(None, tensors) for one in others)
+
+
+def _leaves(args: tuple[Any, ...], kwargs: dict[str, Any], batch: int) -> list[Any]:
+    """Return the arguments of a call, lists with one entry per sample as one."""
+    return tree_flatten((args, kwargs), is_leaf=lambda value: type(value) is list and len(value) == batch)[0]
+
+
+def _has_samples(leaf: Any, batch: int) -> bool:
+    return isinstance(leaf, list) or (isinstance(leaf, torch.Tensor) and leaf.shape[:1] == (batch,))
 
 
 def _cut(value: Any, batch: int, low: int, high: int) -> Any:

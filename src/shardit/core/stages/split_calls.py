@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 @dataclass
 class SplitCalls:
     """The batched calls of one transformer. whole: makes a call in one piece. _known: whether calls of a kind give the
-    same in parts; learned in the first one, on all ranks alike."""
+    same in parts; learned in the first one with samples that differ, on all ranks alike."""
 
     name: str
     runtime: Runtime
@@ -43,6 +43,8 @@ class SplitCalls:
 
         if key in self._known:
             return in_parts()
+        if not any(self.runtime.replica.group.gather_objects(microbatch.samples_differ(call.args, call.kwargs))):
+            return self.whole(forward, call, code)
         device = self.runtime.mesh.device
         before = states(device, [])
         whole = self.whole(forward, call.again(), code)

@@ -65,6 +65,23 @@ class Heads:
         return found
 
 
+def is_attention(module: nn.Module, names: rules.Attention) -> bool:
+    """Return whether a module has the parts of a rule: keys and values may be those of another layer, and values the
+    keys, with None in their place."""
+    if part_of(module, names.query[0]) is None:
+        return False
+    keys, *values = names.key_value[:2]
+    own = part_of(module, keys) is not None and all(
+        part_of(module, part) is not None or vars(module).get(part, module) is None for part in values
+    )
+    return own or borrows(module, names)
+
+
+def borrows(module: nn.Module, names: rules.Attention) -> bool:
+    """Return whether attention takes keys and values from another layer."""
+    return bool(names.borrows) and bool(vars(module).get(names.borrows)) and not present(module, names.key_value)
+
+
 def read_heads(module: nn.Module, names: rules.Attention, family: rules.Family, out: bool = True) -> Heads | str:
     """Return the heads of an attention module, or the reason why its parts are not attention that can be cut.
 
@@ -89,12 +106,14 @@ def read_heads(module: nn.Module, names: rules.Attention, family: rules.Family, 
     count = number_of(module, rules.HEAD_COUNTS)
     if size is None and count and query.out_features % count == 0:
         size = query.out_features // count
-    if not size or query.out_features % size or keys.out_features % size:
+    group = number_of(module, rules.KEY_GROUPS) if borrows(module, names) else None
+    width = query.out_features // group if group else getattr(keys, "out_features", 0)
+    if not size or not width or query.out_features % size or width % size:
         return "its number of heads is not known"
     behind = [part_of(module, part).in_features for part in present(module, names.out) if names.gated]
     gates = 2 if 2 * max(behind, default=0) == query.out_features else 1
     queries = query.out_features // (size * gates)
-    heads = Heads(queries, keys.out_features // size, size, family.replicates_keys, gates)
+    heads = Heads(queries, width // size, size, family.replicates_keys, gates)
     if (count is not None and count != heads.queries) or heads.queries % heads.keys:
         return "its number of heads is not known"
     return _misfit(module, names, heads, family, out) or heads

@@ -63,7 +63,8 @@ class TensorPlan:
     pairs: norms that reduce together. attributes: by module name, numbers to set on it, one for each rank; totals: by
     module name and attribute, numbers of the whole module that are not the sum of these. units: names of modules with
     code between their cut linears, which is assumed to work on slices as on the whole: attention, feed-forward and
-    similar. notes: modules that are unexpectedly whole, and why. family: the rules for classes of the model's library.
+    similar. borrowers: attention over keys of another layer, which has no whole keys to compare with. notes: modules
+    that are unexpectedly whole, and why. family: the rules for classes of the model's library.
     """
 
     size: int
@@ -74,6 +75,7 @@ class TensorPlan:
     attributes: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
     totals: dict[tuple[str, str], int] = field(default_factory=dict)
     units: list[str] = field(default_factory=list)
+    borrowers: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def forget(self, module: str) -> None:

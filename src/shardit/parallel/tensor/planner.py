@@ -22,6 +22,8 @@ from shardit.parallel.tensor.found.rest import cut_rest
 from shardit.parallel.tensor.heads import (
     Heads,
     all_known,
+    borrows,
+    is_attention,
     is_linear,
     join,
     names_in,
@@ -96,7 +98,7 @@ def _visit(cutter: Cutter, name: str, module: Any) -> None:
 def _attention(cutter: Cutter, name: str, module: nn.Module) -> bool:
     """Cut attention by heads."""
     known = (*cutter.family.attentions, *rules.ATTENTIONS)
-    names = next((n for n in known if all(part_of(module, p) for p in (n.query[0], *n.key_value[:2]))), None)
+    names = next((n for n in known if is_attention(module, n)), None)
     if names is None:
         return _added_alone(cutter, name, module)
     if (why := _noted(cutter.family.kept_attentions, cutter.model)) is not None:
@@ -110,7 +112,7 @@ def _attention(cutter: Cutter, name: str, module: nn.Module) -> bool:
     if why:
         return cutter.left_whole(name, why)
     _cut_attention(cutter, name, module, names, heads)
-    cutter.plan.units.append(name)
+    (cutter.plan.borrowers if borrows(module, names) else cutter.plan.units).append(name)
     return True
 
 

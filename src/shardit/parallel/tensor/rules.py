@@ -20,7 +20,8 @@ class Attention:
     head. head_vectors: parameters with an entry for each head. head_gates: linears with an output for each head.
     second: queries and output of a second sequence; without the output, its heads are gathered. full_input: parts that
     read the input before the heads, and so are kept. gated: the first query linear may give each head a gate after its
-    query. Any other part with parameters makes the module unknown: it is left whole unless a trial shows how to cut it.
+    query. borrows: an attribute that is true where keys and values are those of another layer, which is cut alike. Any
+    other part with parameters makes the module unknown: it is left whole unless a trial shows how to cut it.
     """
 
     query: tuple[str, ...]
@@ -34,6 +35,7 @@ class Attention:
     second: tuple[tuple[str, str], ...] = ()
     gated: bool = False
     full_input: tuple[str, ...] = ()
+    borrows: str = ""
 
 
 ATTENTIONS = (

@@ -29,6 +29,7 @@ from shardit.core.runtime.flat_call import modes
 from shardit.core.runtime.numbers_seen import NumbersSeen
 from shardit.core.runtime.pending import materialize
 from shardit.core.runtime.yielding import undisturbed, yielding_coroutine
+from shardit.errors import UnsupportedError
 from shardit.parallel.attention.hook import attention_is_taken
 from shardit.parallel.block_signature import fingerprint, value_key
 from shardit.parallel.tensor.check.compare import Comparison, is_agent
@@ -167,6 +168,9 @@ class Checks:
         processor = getattr(unit, PROCESSOR, None)
         code = type(unit).__name__ + (f" with {type(processor).__name__}" if processor is not None else "")
         why = f"{code} {why}"
+        if any(type(self.model.get_submodule(one)) is type(unit) for one in self.plan.borrowers):
+            text = f"{self.title}: {name} {why}, and other layers take its keys: use tensor_parallel_size=1"
+            raise UnsupportedError(text)
         for other in alike:
             whole_for_good(self.model, other, self.plan, self.ranks)
             self.plan.units.remove(other)

@@ -10,6 +10,7 @@ import sys
 import av
 import numpy as np
 import pytest
+from diffusers.utils import load_video
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -17,7 +18,7 @@ from shardit.diffusion.output.encode import write_video
 from shardit.diffusion.output.from_file import read_record
 from shardit.diffusion.output.output import Output
 from shardit.diffusion.output.target import check_path
-from shardit.diffusion.request.images import open_image, picture_notes
+from shardit.diffusion.request.images import open_image, open_video, picture_notes
 from shardit.diffusion.request.picture_arguments import open_pictures
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from shardit.errors import InputError
@@ -384,6 +385,34 @@ def test_sixteen_bits_are_scaled():
     for source in (encoded(Image.fromarray(values), "PNG"), Image.fromarray(values.astype(np.int32))):
         grey = [open_image(source).getpixel((x, 0)) for x in range(4)]
         assert grey == [(0, 0, 0), (1, 1, 1), (128, 128, 128), (255, 255, 255)]
+
+
+def test_whole_numbers_of_32_bits():
+    dark = Image.fromarray(np.array([[0, 7, 255]], dtype=np.int32))
+    for source in (dark, encoded(dark, "TIFF")):
+        assert [open_image(source).getpixel((x, 0))[0] for x in range(3)] == [0, 7, 255]
+    for values in ([[0, 65536]], [[-1, 9]]):
+        with pytest.raises(InputError, match="values of 32 bits has no defined brightness; save it with 8 bits"):
+            open_image(encoded(Image.fromarray(np.array(values, dtype=np.int32)), "TIFF"))
+
+
+def test_animations_have_the_frames_that_diffusers_reads(tmp_path):
+    for seed in range(20):  # ffmpeg leaves out a frame of some of them
+        path = tmp_path / f"{seed}.gif"
+        frames = [noise(48, 32, seed=100 * seed + number) for number in range(9)]
+        frames[0].save(path, save_all=True, append_images=frames[1:])
+        read = open_video(path if seed % 2 else path.read_bytes())
+        expected = [frame.convert("RGB") for frame in load_video(str(path))]
+        assert [frame.tobytes() for frame in read] == [frame.tobytes() for frame in expected]
+
+
+def test_pictures_given_as_open_files_or_of_other_kinds():
+    takes = PipelineSignature("Video", ("video", "mask_image"), pictures=("video", "mask_image"))
+    grey = Image.new("L", (2, 2), 9)
+    assert open_pictures({"video": [grey, grey]}, takes)["video"][1].getpixel((0, 0)) == (9, 9, 9)
+    for value in (io.BytesIO(encoded(grey, "PNG")), [io.BytesIO(encoded(grey, "PNG"))]):
+        with pytest.raises(InputError, match="mask_image: must be a picture, the path of one or a list"):
+            open_pictures({"mask_image": value}, takes)
 
 
 def test_cmyk_and_black_and_white():

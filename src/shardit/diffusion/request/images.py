@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, ImageSequence
 
 from shardit.errors import InputError, first_filled_line
 from shardit.settings.paths import check_name
@@ -25,6 +25,9 @@ _NOTE, _ON_WHITE = "shardit_note", "its transparent pixels were put on white"
 """The key in `info` of a picture under which a note for the user travels with it, and such a note."""
 
 
+_EIGHT_BITS, _SIXTEEN_BITS = 255, 65535
+
+
 def open_image(source: ImageSource, mode: Mode = "RGB") -> Image.Image:
     """Read a file, the bytes of one, or take a PIL picture (which is not changed), as an 8-bit picture.
 
@@ -32,7 +35,7 @@ def open_image(source: ImageSource, mode: Mode = "RGB") -> Image.Image:
     - "RGB" puts transparent pictures on white, as they appear on a page; "RGBA" keeps transparency and makes opaque
     pictures fully opaque; "opaque" is "RGB" with the colours that transparent pixels have, as in diffusers: for masks,
     whose strokes programs save on a transparent layer.
-    - 16-bit greys are scaled to 8 bits (PIL alone would clip them to white). CMYK, palettes, grey and black-and-white
+    - 16-bit greys are scaled to 8 bits (PIL alone would clip them to white), also those stored with 32 bits. CMYK, palettes, grey and black-and-white
     are converted; colour profiles are not applied, as in diffusers.
     - Only the first frame of an animation is used.
 
@@ -95,6 +98,8 @@ def open_video(source: str | os.PathLike[str] | bytes) -> list[Image.Image]:
         check_name("video", source)
         if not Path(source).is_file():
             raise InputError(f"video {name} does not exist; correct the path")
+    if (animation := _frames_of_animation(source)) is not None:
+        return animation
     import av  # its libraries take a while to load
     from av.error import FFmpegError
 
@@ -106,6 +111,20 @@ def open_video(source: str | os.PathLike[str] | bytes) -> list[Image.Image]:
     if not frames:
         raise InputError(f"video {name} has no frames; give another file")
     return frames
+
+
+def _frames_of_animation(source: str | os.PathLike[str] | bytes) -> list[Image.Image] | None:
+    """Return the frames of a GIF or another animated picture; None for other files. ffmpeg, which reads videos, leaves
+    out frames of some GIFs."""
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+            if not getattr(picture, "is_animated", False):
+                return None
+            return [open_image(frame.copy()) for frame in ImageSequence.Iterator(picture)]
+    except Image.UnidentifiedImageError:
+        return None
+    except Exception as error:  # as for pictures
+        raise InputError(f"video {_name_of(source)} cannot be read: {reason(error)}; give another file") from error
 
 
 def turned(frame: VideoFrame, picture: Image.Image) -> Image.Image:
@@ -138,11 +157,17 @@ def _load_upright(source: ImageSource) -> Image.Image:
 
 
 def to_eight_bits(picture: Image.Image) -> Image.Image:
-    """Return a picture with 16 bits scaled to 8, any other as it is. Raises InputError for floating-point values."""
+    """Return a picture with 16 bits scaled to 8, any other as it is. Raises InputError for floating-point values, and
+    for whole numbers of more bits."""
     if picture.mode == "F":
         raise InputError("an image with floating-point values has no defined brightness; save it with 8 bits")
     if picture.mode == "I" or picture.mode.startswith("I;16"):
         wide = picture if picture.mode == "I" else picture.convert("I")
+        limits: Any = wide.getextrema()
+        if limits[0] < 0 or limits[1] > _SIXTEEN_BITS:
+            raise InputError("an image with values of 32 bits has no defined brightness; save it with 8 bits")
+        if picture.mode == "I" and limits[1] <= _EIGHT_BITS:  # as diffusers takes them
+            return wide.convert("L")
         # 65535 must become 255, so the factor is 1/257, not 1/256.
         narrow = wide.point(lambda value: value * (1 / 257) + 0.5).convert("L")
         narrow.info.pop("transparency", None)  # a 16-bit colour key means nothing here any more

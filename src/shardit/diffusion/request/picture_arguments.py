@@ -19,7 +19,7 @@ def open_pictures(given: Mapping[str, Any], takes: PipelineSignature) -> dict[st
     """Return the given picture arguments, with paths and bytes in them read: as pictures, or as lists of frames. If a
     pipeline wants a list, one picture becomes a list of one, and a mask is repeated for all frames.
 
-    Pictures, tensors and similar values are not changed. Raises InputError.
+    Frames of a video become RGB; other pictures, tensors and similar values are not changed. Raises InputError.
     """
     found = {name: _opened(name, given[name], takes) for name in takes.pictures if name in given}
     videos = [value for name, value in found.items() if is_video(name) and isinstance(value, list)]
@@ -31,10 +31,15 @@ def open_pictures(given: Mapping[str, Any], takes: PipelineSignature) -> dict[st
 
 
 def _check(value: Any) -> None:
-    """Raise InputError for plain values that are no picture, as JSON may have them."""
+    """Raise InputError for plain values that are no picture, as JSON may have them, and for open files."""
     parts = value if isinstance(value, (list, tuple)) else [value]
-    if not len(parts) or any(isinstance(part, (bool, int, float, Mapping)) for part in parts):
+    if not len(parts) or any(isinstance(part, (bool, int, float, Mapping)) or hasattr(part, "read") for part in parts):
         raise InputError(f"must be a picture, the path of one or a list of these, got {value!r:.60}")
+
+
+def _is_grey(name: str, entry: Any) -> bool:
+    """Return whether a frame of a video is a picture of another kind than those read from a file."""
+    return is_video(name) and isinstance(entry, Image) and entry.mode != "RGB"
 
 
 def _opened(name: str, value: Any, takes: PipelineSignature) -> Any:
@@ -44,7 +49,7 @@ def _opened(name: str, value: Any, takes: PipelineSignature) -> Any:
             return open_video(value)
         mode = "opaque" if any(word in name for word in OPAQUE) else "RGB"
         if isinstance(value, (list, tuple)):
-            return [open_image(entry, mode) if is_file(entry) else entry for entry in value]
+            return [open_image(entry, mode) if is_file(entry) or _is_grey(name, entry) else entry for entry in value]
         picture = open_image(value, mode) if is_file(value) else value
         return [picture] if name in takes.listed and isinstance(picture, Image) else picture
     except InputError as error:

@@ -15,6 +15,7 @@ from torch import nn
 
 import shardit
 from shardit.config import DiffusionParallelConfig
+from shardit.core.modules.blocks import find_blocks
 from shardit.core.placement.assignment import assign_blocks
 from shardit.core.placement.partition import (
     MAX_CHUNKS,
@@ -71,6 +72,13 @@ def test_balanced_cuts_against_brute_force(data) -> None:
 @pytest.mark.parametrize(("count", "parts", "expected"), [(5, 2, [3, 2]), (8, 3, [3, 3, 2]), (4, 4, [1, 1, 1, 1])])
 def test_left_over_blocks_go_to_the_front(count: int, parts: int, expected: list[int]) -> None:
     assert balanced_cuts([1.0] * count, parts) == expected
+
+
+def test_blocks_of_a_model_that_is_mostly_vocabulary():
+    model = nn.Module()
+    model.table, model.norms = nn.Embedding(9999, 8), nn.ModuleList([nn.LayerNorm(4)])
+    model.layers = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+    assert [name for name, _ in find_blocks(model)] == ["layers.0", "layers.1"]
 
 
 def test_fewer_blocks_than_parts() -> None:

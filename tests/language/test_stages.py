@@ -36,7 +36,7 @@ from tests.language.cases import CASES, Case, compare, errors_of
 from tests.language.folders import tokenizer
 from tests.support.ranks import run_ranks
 
-FAST = ("llama", "gemma2", "gpt_oss", "mamba", "qwen3_next", "deepseek_v3", "gpt2", "gemma4_text")
+FAST = ("llama", "gemma2", "gpt_oss", "mamba", "qwen3_next", "deepseek_v3", "gpt2", "gemma4_text", "zamba2")
 """Grouped-query attention, sliding windows, experts, state space models, hybrids, latent attention, learned positions,
 keys shared by layers."""
 

@@ -47,6 +47,7 @@ FAST: tuple[tuple[str, dict[str, Any]], ...] = (
     ("gemma4_text", {}),
     ("gemma4_text", {"attention_k_eq_v": True}),
     ("gemma3n_text", {}),
+    ("zamba2", {}),
     ("qwen3_next", {}),
     ("qwen3_5_text", {}),
     ("falcon_h1", {"mamba_n_groups": 1, "ssm_multipliers": [0.5, 1.5, 0.7, 1.2, 0.9]}),
@@ -57,7 +58,8 @@ FAST: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 """Plain attention; a sliced tied vocabulary; fused queries, keys and values, in two orders; experts with biases and
 sinks; states by groups, by heads that share one, and by channels; experts; norms across all heads; a latent shared by
-all heads; layers over keys of others, and over keys that are the values, too; a gate for each query head, and linear
+all heads; layers over keys of others, and over keys that are the values, too; layers
+whose number the caller names; a gate for each query head, and linear
 attention by key heads, in two forms; factors of
 channels and steps, without a norm and with one."""
 

@@ -13,8 +13,6 @@ from shardit.core.comm.collectives import Collectives
 from shardit.errors import UnsupportedError
 
 ATTENTIONS = "attentions"
-OF_BLOCKS = "hidden_states"
-"""The outputs that hooks on layers themselves collect, on every rank."""
 
 
 class CollectedOutputs:
@@ -27,11 +25,11 @@ class CollectedOutputs:
         self._heads, self._ranks = heads, ranks
 
     def names(self) -> tuple[str, ...]:
-        """Return the names of the outputs that are collected inside of layers."""
+        """Return the names of the outputs that may be collected inside of layers."""
         found = _active_collector.get()
         if not found:
             return ()
-        return tuple(name for name, held in found.items() if isinstance(held, list) and name != OF_BLOCKS)
+        return tuple(name for name, held in found.items() if isinstance(held, list))
 
     def apart(self, call: Callable[..., Any]) -> Callable[..., tuple[Any, dict[str, list[Any]]]]:
         """Return a function that calls a layer and returns its result and the outputs collected in it."""
@@ -40,10 +38,11 @@ class CollectedOutputs:
         def apart(*args: Any, **kwargs: Any) -> tuple[Any, dict[str, list[Any]]]:
             collected: Any = _active_collector.get()
             held = {name: collected[name] for name in self.names()}
-            collected.update({name: [] for name in held})
+            collected.update({name: list(outputs) for name, outputs in held.items()})  # hooks count those before
             try:
                 out = call(*args, **kwargs)
-                return out, {name: [self._whole(name, output) for output in collected[name]] for name in held}
+                new = {name: collected[name][len(outputs) :] for name, outputs in held.items()}
+                return out, {name: [self._whole(name, output) for output in outputs] for name, outputs in new.items()}
             finally:
                 collected.update(held)
 

@@ -49,10 +49,10 @@ class CutModel:
 def find_blocks(model: nn.Module, plan: Plan | None = None) -> list[tuple[str, nn.Module]]:
     """Return the (name, block) pairs of a model's block lists, in the order in which a forward runs the lists.
 
-    A block list is an outermost ModuleList that holds at least SMALL_SHARE of the parameters and whose elements have
-    parameters and their own forward. The lists are in order of registration unless the plan gives an order. A block
-    that occurs several times is returned once, although it is called several times. Raises UnsupportedError if the plan
-    names a list that does not exist.
+    A block list is an outermost ModuleList that holds at least SMALL_SHARE of the parameters, or the most of all lists,
+    and whose elements have parameters and their own forward. The lists are in order of registration unless the plan
+    gives an order. A block that occurs several times is returned once, although it is called several times. Raises
+    UnsupportedError if the plan names a list that does not exist.
     """
     lists = dict(_outermost_lists(model, ""))
     if plan is not None and plan.order is not None:
@@ -63,6 +63,7 @@ def find_blocks(model: nn.Module, plan: Plan | None = None) -> list[tuple[str, n
     else:
         total = sum(p.numel() for p in model.parameters()) or 1
         chosen = [name for name, blocks in lists.items() if _numel(blocks) >= SMALL_SHARE * total]
+        chosen = chosen or sorted(lists, key=lambda name: -_numel(lists[name]))[:1]  # a vocabulary has nearly all
     once: dict[int, tuple[str, nn.Module]] = {}
     for name in chosen:
         for i, block in enumerate(lists[name]):

@@ -35,8 +35,8 @@ def open_image(source: ImageSource, mode: Mode = "RGB") -> Image.Image:
     - "RGB" puts transparent pictures on white, as they appear on a page; "RGBA" keeps transparency and makes opaque
     pictures fully opaque; "opaque" is "RGB" with the colours that transparent pixels have, as in diffusers: for masks,
     whose strokes programs save on a transparent layer.
-    - 16-bit greys are scaled to 8 bits (PIL alone would clip them to white), also those stored with 32 bits. CMYK, palettes, grey and black-and-white
-    are converted; colour profiles are not applied, as in diffusers.
+    - 16-bit greys are scaled to 8 bits (PIL alone would clip them to white), also those stored with 32 bits. CMYK,
+    palettes, grey and black-and-white are converted; colour profiles are not applied, as in diffusers.
     - Only the first frame of an animation is used.
 
     Raises `InputError` naming the file if it is missing or not a picture.

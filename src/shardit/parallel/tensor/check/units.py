@@ -218,8 +218,10 @@ def _filled(unit: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     them."""
     place = vars(unit).get("layer_idx")
     for cache in find_caches(args, kwargs):
-        layers = cache.layers if place is None else cache.layers[place : place + 1]
-        held = tree_leaves([list(vars(layer).values()) for layer in layers])
+        if place in range(len(cache.layers)):
+            held = tree_leaves(list(vars(cache.layers[place]).values()))
+        else:  # its caller names the layer
+            held = [getattr(layer, "keys", None) for layer in cache.layers]
         if any(isinstance(found, torch.Tensor) and found.ndim > 1 and found.numel() for found in held):
             return True  # (lengths and windows are single numbers)
     agents = (leaf for leaf in tree_leaves((args, kwargs)) if is_agent(leaf) and not hasattr(leaf, "layers"))

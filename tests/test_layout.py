@@ -182,7 +182,7 @@ BUDGET = {
     "language": 2785,
     "loading": 1370,
     "models": 930,
-    "parallel": 4800,
+    "parallel": 4815,
     "server": 5290,
     "settings": 450,
     "training": 3915,

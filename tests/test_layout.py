@@ -179,7 +179,7 @@ BUDGET = {
     "core": 7320,
     "diffusion": 3965,
     "engine": 3060,
-    "language": 2785,
+    "language": 2800,
     "loading": 1370,
     "models": 930,
     "parallel": 4815,

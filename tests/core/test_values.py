@@ -189,3 +189,27 @@ def test_lumina_with_prompts_of_several_lengths(axes: dict[str, int]) -> None:
     found = run_ranks(size, _lumina_on, axes)
     assert all(all(alone) and all(together) for alone, together, _ in found), found
     assert len({traced for _, _, traced in found}) == 1
+
+
+class Centred(Plain):
+    """Subtracts the mean of all samples."""
+
+    def run(self, x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
+        x = super().run(x, e)
+        return x - x.mean(0, keepdim=True)
+
+
+def _batches(rank: int, size: int, method: str) -> list[bool]:
+    """Whether batches have the bits of one rank: of equal samples, and then of others."""
+    dist.init_process_group("gloo", init_method=method, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    torch.manual_seed(0)
+    model, time = randomise(Centred()), torch.ones(2)
+    alike, others = torch.randn(1, 5, WIDTH).repeat(2, 1, 1), torch.randn(2, 5, WIDTH)
+    with torch.no_grad():
+        plain = [model(x, time) for x in (alike, others)]
+    shardit.parallelize(model, DiffusionParallelConfig(pipeline_parallel_size=2))
+    return [torch.equal(model(x, time), expected) for x, expected in zip((alike, others), plain, strict=True)]
+
+
+def test_equal_samples_do_not_show_that_a_batch_can_be_split() -> None:
+    assert run_ranks(2, _batches) == [[True, True]] * 2

@@ -31,6 +31,16 @@ def make(name: str) -> Any:
     return cls(cls.config_class(**SIZES, num_hidden_layers=4, eos_token_id=2)).eval()
 
 
+def pictures_and_text() -> tuple[Any, dict[str, torch.Tensor]]:
+    """A model of two encoders, which has no embedding of its own, and its inputs."""
+    text = {**SIZES, "num_hidden_layers": 4, "eos_token_id": 2}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 4}
+    vision = {**sizes, "image_size": 32, "patch_size": 8}
+    torch.manual_seed(0)
+    model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision)).eval()
+    return model, {"input_ids": IDS, "pixel_values": torch.randn(2, 3, 32, 32)}
+
+
 def same(got: Any, expected: Any) -> bool:
     return all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
@@ -56,6 +66,16 @@ def check_stages(rank: int, count: int, method: str, names: tuple[str, ...]) -> 
             assert torch.equal(got[0], expected[0]), name
 
 
+def check_two_encoders(rank: int, count: int, method: str) -> None:
+    init_mesh(STAGES, device="cpu", init_method=method, rank=rank)
+    plain, inputs = pictures_and_text()
+    model = shardit.parallelize(copy.deepcopy(plain), STAGES)
+    with torch.no_grad():
+        expected = plain(**inputs)
+    for _ in range(2):
+        assert torch.equal(model(**inputs).logits_per_image, expected.logits_per_image)
+
+
 def check_loaded(rank: int, count: int, method: str, folder: Path) -> None:
     init_mesh(STAGES, device="cpu", init_method=method, rank=rank)
     model: Any = shardit.load(folder, STAGES)
@@ -68,6 +88,10 @@ def check_loaded(rank: int, count: int, method: str, folder: Path) -> None:
 @pytest.mark.parametrize("names", [LLAMA, OTHERS], ids=["llama", "others"])
 def test_over_stages_all_results_have_the_bits_of_one_rank(names: tuple[str, ...]) -> None:
     run_ranks(2, check_stages, names)
+
+
+def test_a_model_of_two_encoders() -> None:
+    run_ranks(2, check_two_encoders)
 
 
 def test_a_folder_loads_as_the_class_that_its_configuration_names(tmp_path: Path) -> None:

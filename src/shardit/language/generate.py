@@ -110,13 +110,21 @@ def _generate_member(cls: Any, stages: DecoderStages | None, runtime: Runtime, c
     return generate
 
 
+def input_embeddings(model: Any) -> nn.Module | None:
+    """Return the embedding of tokens; None for a model without one, or with inputs of several kinds."""
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+
+
 def _check_tokens(model: Any, given: dict[str, Any]) -> None:
     """Raise InputError for tokens beyond the vocabulary, on which the embedding would fail, on one stage only. Models
     with images may have tokens of their own for these."""
     ids = next((given[name] for name in ("input_ids", "inputs") if given.get(name) is not None), None)
     if not isinstance(ids, torch.Tensor) or ids.is_floating_point() or not ids.numel():
         return
-    table = model.get_input_embeddings()
+    table = input_embeddings(model)
     if model.config.get_text_config() is not model.config or not isinstance(table, nn.Embedding):
         return
     size = max(table.num_embeddings, model.config.vocab_size)  # of slices, and with rows for more tokens

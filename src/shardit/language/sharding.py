@@ -26,7 +26,7 @@ from shardit.language.cache_size import cache_bytes, request_tokens
 from shardit.language.caches import StageCaches
 from shardit.language.changes import Changes
 from shardit.language.collected import CollectedOutputs
-from shardit.language.generate import call_member, members_of
+from shardit.language.generate import call_member, input_embeddings, members_of
 from shardit.language.limits import check_axes
 from shardit.language.tensor import LIBRARIES, describe_replicated, plan_decoder
 from shardit.parallel.tensor.apply import cut_model, notes_together
@@ -54,7 +54,7 @@ def blocks_of(model: Any) -> list[tuple[str, nn.Module]]:
     if not layers:
         raise UnsupportedError(f"{type(model).__name__} has no list of layers, and cannot be cut into stages")
     embedding, head = (
-        [one] if one is not None else [] for one in (model.get_input_embeddings(), model.get_output_embeddings())
+        [one] if one is not None else [] for one in (input_embeddings(model), model.get_output_embeddings())
     )
     return [*((names[id(one)], one) for one in embedding), *layers, *((names[id(one)], one) for one in head)]
 
@@ -172,8 +172,8 @@ def query_heads(config: Any) -> int:
     """Return the number of query heads of each layer; 0 if it differs between layers, or is not known."""
     text = config.get_text_config(decoder=True)
     layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text]
-    numbers = {getattr(one, "num_attention_heads", 0) for one in layers}
-    return numbers.pop() if len(numbers) == 1 else 0
+    first, *others = (getattr(one, "num_attention_heads", 0) for one in layers)
+    return first if isinstance(first, int) and all(number == first for number in others) else 0
 
 
 def _refused(name: str, why: str) -> Callable[..., None]:

@@ -106,6 +106,11 @@ def test_files_that_cannot_hold_the_result(output, size, says, capsys):
     assert says in refused(capsys, *GENERATE, "--output", output, *size)
 
 
+def test_more_results_than_the_limit_are_refused_before_their_files_are_named(capsys, monkeypatch):
+    monkeypatch.setattr("shardit.flags.numbered", lambda *_: pytest.fail("a million names take seconds"))
+    assert "the limit is 10000" in refused(capsys, *GENERATE, "--num-outputs-per-prompt", "1000000")
+
+
 def test_a_range_is_named_whole(capsys):
     assert "--top-p must be above 0 and at most 1" in refused(capsys, "complete", "m", "--prompt", "x", "--top-p", "2")
 

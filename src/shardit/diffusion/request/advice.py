@@ -15,6 +15,8 @@ _OF_ZERO = re.compile(
     r"by zero|\bsizes? 0\b|\b0 elements|numel\(\) == 0|non-?(zero|empty)|than 0\b|: 0\b|negative dim|[\[( ]0[,\])]"
 )
 """Words of errors for tensors without elements."""
+_OF_RATIO = re.compile(r"aspect ratio|must be > 0")
+"""Words of errors for sizes that are computed from those of a picture."""
 _OF_SHAPES = (RuntimeError, IndexError, ZeroDivisionError)
 """Errors of torch and Python for such tensors; custom classes have clear messages."""
 _OF_ARGUMENTS = (RuntimeError, IndexError, ValueError, TypeError, AttributeError)
@@ -30,7 +32,17 @@ _SMALL = 64
 def advice(request: Request, error: Exception) -> str:
     """Return what to add to the text of a pipeline's error: advice, and shapes of given tensors; "" if there is
     none."""
-    return _remedy(request, error) + _pictures(request, error) + _tensors(request, error)
+    return (_narrow(request, error) or _remedy(request, error)) + _pictures(request, error) + _tensors(request, error)
+
+
+def _narrow(request: Request, error: Exception) -> str:
+    """Return an input picture that leaves nothing of a size computed from its own, if the error may come of that."""
+    sizes = [one.size for one in request.images if min(one.size) < max(_SMALL / 4, max(one.size) / 100)]
+    text = str(error)
+    if not sizes or not any(words.search(text) for words in (_OF_ZERO, _OF_SIZES, _OF_RATIO)):
+        return ""
+    width, height = min(sizes, key=min)
+    return f"; perhaps {request.image_name} is too small or too narrow ({width}x{height}): give another picture"
 
 
 def _pictures(request: Request, error: Exception) -> str:

@@ -10,6 +10,9 @@ import pytest
 
 from shardit.cli import main
 from shardit.errors import did_you_mean
+from shardit.flags import ChatFlags
+from shardit.language.request.sampling_params import SamplingParams
+from shardit.language_commands import Conversation
 from shardit.models.tiny.language import language_folder
 from shardit.settings.environment import KNOWN, check_environment, switch
 from tests.support.paths import ROOT
@@ -263,6 +266,28 @@ def test_switches():
         for default in (False, True):
             assert switch("A", {"A": text}, default) == (default if is_on is None else is_on)
     assert switch("A", {}, default=True)
+
+
+def test_unknown_commands_of_a_chat_are_not_said_to_the_model(monkeypatch, capsys):
+    said = []
+
+    class Model:
+        def get_default_sampling_params(self):
+            return SamplingParams()
+
+        def chat_prompt(self, messages):
+            said.append(messages[-1]["content"])
+
+        def stream(self, prompt, params):
+            return []
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n/help\n/\n/a/b is a path\n/reset\n/exit\nbye\n"))
+    Conversation(Model(), ChatFlags(model="m")).run()  # pyright: ignore[reportArgumentType]
+    assert said == ["hello", "/a/b is a path"]
+    assert [line.split("; ")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "there is no /help",
+        "there is no /",
+    ]
 
 
 def test_a_language_model_has_no_variant(capsys: pytest.CaptureFixture[str]) -> None:

@@ -136,6 +136,15 @@ def test_the_field_that_a_failed_job_names(kind: Any, reason: str, param: str | 
     assert (caught.value.status, caught.value.param) == (500, None)
 
 
+def test_an_empty_text_is_no_picture(videos: Served) -> None:
+    for name in ("image", "input_reference"):
+        error = error_of(videos, "/v1/videos", {"prompt": "a cat", name: ""}, 400)
+        assert (error["param"], "must be a data: URL" in error["message"]) == (name, True)
+        assert videos.call("POST", "/v1/videos", {"prompt": "a cat", name: []})[0] == 200
+        data, kind = form({"prompt": "a cat", name: ""})  # as form libraries send null
+        assert videos.call("POST", "/v1/videos", data, {"Content-Type": kind})[0] == 200
+
+
 def test_shapes_are_described_in_words(images: Served, videos: Served) -> None:
     error = error_of(images, NOW, {"prompt": "a cat", "size": "64 x 64"}, 400)
     assert error["message"] == 'size must be WIDTHxHEIGHT in pixels, as in "1280x704", or "auto", got \'64 x 64\''

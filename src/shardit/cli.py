@@ -53,7 +53,7 @@ def generate(flags: GenerateFlags) -> None:
         check_kind(omni, flags)
         if flags.from_file is not None and is_first_rank(os.environ):
             flags.check_file(omni.takes)
-            _note(other_revision(read_record(flags.from_file), omni.takes.made_by))
+            _note(other_revision(read_record(flags.from_file), omni.takes))
         report(omni.generate(flags.prompts(), flags.sampling_params()), flags.output)
 
 

@@ -184,7 +184,7 @@ def device_kind(device: str) -> str:
     """Return the type of a device by its name, such as "cuda:1". Raises UnsupportedError where ranks do not run on
     it."""
     kind, _, number = device.partition(":")
-    if kind not in DEVICES and kind not in os.environ.get("SHARDIT_ALLOW_DEVICE", "").split(","):
+    if not kind or (kind not in DEVICES and kind not in os.environ.get("SHARDIT_ALLOW_DEVICE", "").split(",")):
         allow = f"; to try it, set SHARDIT_ALLOW_DEVICE={kind}" if kind.isidentifier() else ""
         raise UnsupportedError(f"device {kind!r} is not supported (use cpu or cuda){allow}")
     if ":" in device and not number.isdecimal():

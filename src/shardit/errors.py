@@ -16,6 +16,10 @@ class UnsupportedError(InputError):
     """The model or the option is understood, but cannot be run correctly here. Exit code 2."""
 
 
+class NothingToSaveError(InputError):
+    """A result is empty, as its request asked for too little. Exit code 2."""
+
+
 class RankError(RuntimeError):
     """A rank died, hung past the timeout or raised where the other ranks did not. Exit code 1.
 

@@ -142,14 +142,14 @@ class GenerateFlags(
             for picture in self.pictures:
                 open_image(picture)
             return
+        self.check_file(with_image if self.image and with_image else takes)
+        build_requests(prompts, params, takes=takes, takes_with_image=with_image)  # limits the number of files, too
         if writes:
             kinds = takes.kinds_as(params.output_type)
             path, size = self.output or f"output{SUFFIXES[kinds[0]][0]}", (params.width, params.height)
             check_path(path, kinds, transparent=takes.image_mode == "RGBA", size=size)
             for file in numbered(Path(path), params.num_outputs_per_prompt)[-1:]:
                 check_name("output", file)
-        self.check_file(with_image if self.image and with_image else takes)
-        build_requests(prompts, params, takes=takes, takes_with_image=with_image)
 
     def check_file(self, takes: PipelineSignature) -> None:
         """Raise InputError where --from-file names a file of another model that does not go with this one."""

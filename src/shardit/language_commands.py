@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,12 +20,14 @@ if TYPE_CHECKING:
     from shardit import LLM
 
 RESET, LEAVE = "/reset", "/exit"
+COMMANDS = f"{RESET} begins a new conversation, {LEAVE} or Ctrl-D ends, Ctrl-C stops an answer"
+_COMMAND = re.compile(r"/[\w-]*")  # a path or a sentence is for the model
 
 
 def chat(flags: ChatFlags) -> None:
     """Talk with a language model; it answers word by word."""
     with _opened(flags) as llm:
-        _say(f"{RESET} begins a new conversation, {LEAVE} or Ctrl-D ends, Ctrl-C stops an answer", sys.stdin.isatty())
+        _say(COMMANDS, sys.stdin.isatty())
         Conversation(llm, flags).run()
 
 
@@ -104,6 +107,8 @@ class Conversation:
                 return
             if text == RESET:
                 self.messages = list(self._begin)
+            elif _COMMAND.fullmatch(text):
+                _say(f"there is no {text}; {COMMANDS}", True)
             elif text:
                 self._turn(text)
 

@@ -393,6 +393,10 @@ def test_unsupported_devices_are_refused(monkeypatch) -> None:
     monkeypatch.setenv("SHARDIT_ALLOW_DEVICE", "xpu,mps")
     with pytest.raises(UnsupportedError, match="'meta'"):
         pick_device("meta", 0)
+    monkeypatch.setenv("SHARDIT_ALLOW_DEVICE", "xpu,foo")
+    with pytest.raises(InputError, match="SHARDIT_ALLOW_DEVICE names 'foo', which this torch does not know"):
+        pick_device(None, 0)
+    monkeypatch.delenv("SHARDIT_ALLOW_DEVICE")
     for kind in ("gpu", "cuda:x", "cuda:", ""):
         with pytest.raises(InputError, match="device"):
             pick_device(kind, 0)

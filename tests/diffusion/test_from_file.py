@@ -154,15 +154,27 @@ def test_explicit_default_flags_override_a_file(tmp_path):
     assert flags.sampling_params().num_outputs_per_prompt == 1
 
 
+def made_by(**facts):
+    return PipelineSignature("P", (), made_by=facts)
+
+
+def test_another_pipeline_is_noted():
+    assert other_revision({"pipeline": "P"}, made_by()) == []
+    assert other_revision({"pipeline": "Q"}, made_by()) == ["the file was made by Q, here is P: it will differ"]
+    wan = PipelineSignature("WanPipeline", (), native_fps=24.0)
+    for name in ("WanPipeline", "WanImageToVideoPipeline"):  # with a picture
+        assert other_revision({"pipeline": name}, wan) == []
+
+
 def test_another_revision_is_noted():
-    assert other_revision({"revision": "a"}, {"revision": "a"}) == []
-    assert other_revision({}, {"revision": "a"}) == []
-    assert other_revision({"revision": "a"}, {"revision": "b"}) == [
+    assert other_revision({"revision": "a"}, made_by(revision="a")) == []
+    assert other_revision({}, made_by(revision="a")) == []
+    assert other_revision({"revision": "a"}, made_by(revision="b")) == [
         "the file was made with revision a of the model, here is b: pixels may differ"
     ]
     files = {"a.safetensors": "1", "gone.safetensors": "2"}
-    assert other_revision({"file_revisions": files}, {"file_revisions": files}) == []
-    assert other_revision({"file_revisions": files}, {"file_revisions": {"a.safetensors": "3"}}) == [
+    assert other_revision({"file_revisions": files}, made_by(file_revisions=files)) == []
+    assert other_revision({"file_revisions": files}, made_by(file_revisions={"a.safetensors": "3"})) == [
         "a.safetensors has changed since the file was made: pixels may differ"
     ]
 

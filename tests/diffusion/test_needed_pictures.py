@@ -85,6 +85,18 @@ def test_errors_for_a_missing_picture_name_what_was_not_given() -> None:
     assert advice(request, TypeError("None")) == ""
 
 
+def test_errors_of_computed_sizes_name_the_picture_that_is_too_narrow() -> None:
+    takes = signature_of(WorldPipeline)
+    errors = ValueError("height and width must be > 0"), ValueError("absolute aspect ratio must be smaller than 200")
+    for size in ((1, 300), (3000, 20)):
+        (request,) = build_requests("a", None, takes=takes, pil_image=Image.new("RGB", size))
+        for error in errors:
+            assert f"; perhaps image is too small or too narrow ({size[0]}x{size[1]})" in advice(request, error)
+        assert "narrow" not in advice(request, ValueError("the scheduler has no sigmas"))
+    (request,) = build_requests("a", None, takes=takes, pil_image=Image.new("RGB", (300, 300)))
+    assert "narrow" not in advice(request, errors[0])
+
+
 def test_embeddings_in_place_of_a_picture() -> None:
     takes = dataclasses.replace(signature_of(WorldPipeline), class_name="WorldImg2ImgPipeline")
     with pytest.raises(InputError, match="needs an image"):

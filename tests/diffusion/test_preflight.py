@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -15,14 +16,19 @@ from shardit.core.modules.block_names import count_blocks
 from shardit.core.modules.blocks import find_blocks
 from shardit.diffusion.loading import diffusers_source
 from shardit.diffusion.loading.attention_backends import backend_names, package_of
+from shardit.diffusion.loading.diffusers_source import refused_without
 from shardit.diffusion.loading.required_packages import missing, missing_by_name
 from shardit.diffusion.preflight import preflight
 from shardit.diffusion.preflight.static_signature import static_signature, static_signatures_of_model
 from shardit.diffusion.request.build import build_requests
+from shardit.diffusion.request.model_info import ModelInfo
 from shardit.diffusion.request.size_multiples import least_sides, size_multiples
 from shardit.errors import InputError
 from shardit.loading.index import component_class, components, pipeline_class
 from shardit.models import tiny
+from shardit.server.http.schema.errors import ApiError
+from shardit.server.http.submit.resolve import arguments, pipeline_names
+from shardit.server.options import ServeOptions
 from shardit.settings.model_options import model_options
 from tests.support.light import light_commands
 
@@ -255,7 +261,8 @@ def test_signatures_from_the_source(name):
     assert found is not None
     # The folder tells these, not the class.
     without_sizes = dataclasses.replace(found, multiples={}, least={}, most={}, lacks_adapter=False)
-    assert without_sizes == signature_of(cls, recipe(name).config)
+    lacking = ["guidance_scale_2"] if name in ("shapes", "wan2.2-ti2v") else []
+    assert without_sizes == signature_of(cls, recipe(name).config).without(lacking)
     assert (with_image is not None) == (name == "wan2.2-ti2v")
 
 
@@ -275,6 +282,18 @@ def test_limits_from_the_source():
     found, _ = static_signatures_of_model("tiny/wan2.2-t2v")
     assert found is not None
     assert (found.most, found.lacks_adapter) == ({}, False)
+
+
+def test_arguments_that_the_configuration_of_a_pipeline_rules_out():
+    assert refused_without("WanPipeline", {"boundary_ratio": 0.9}) == []
+    assert refused_without("WanPipeline", {}) == ["guidance_scale_2"]
+    for found in static_signatures_of_model("tiny/wan2.2-ti2v"):
+        assert found is not None
+        assert "guidance_scale_2" not in found.choices
+        assert "guidance_scale_2" not in pipeline_names(ModelInfo(found))
+        with pytest.raises(ApiError, match="takes no guidance_scale_2") as caught:
+            arguments({"prompt": "a", "guidance_scale_2": 2.0}, found, ServeOptions(model="m", data_dir=Path("data")))
+        assert caught.value.param == "guidance_scale_2"
 
 
 @pytest.mark.full

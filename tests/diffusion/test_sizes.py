@@ -39,7 +39,7 @@ class PickyPipeline:
 
 
 class RoundingPipeline(PickyPipeline):
-    def __call__(self, prompt=None, height=None, width=None):
+    def __call__(self, prompt=None, height=None, width=None, latents=None):
         self.encode_prompt(prompt)
 
 
@@ -80,13 +80,34 @@ def test_a_size_that_is_too_small():
         assert caught.value.param == "size"
 
 
-@pytest.mark.parametrize(("error", "told"), [(RuntimeError("shape"), True), (ValueError("no"), False)])
-def test_an_error_at_a_small_size_says_that_it_may_be_too_small(error, told):
-    rest = {"prompt": None, "negative_prompt": None, "pil_image": None, "takes": signature_of(RoundingPipeline)}
+OF_TOO_SMALL = (
+    RuntimeError(
+        "Calculated padded input size per channel: (1 x 3). Kernel size: (3 x 3). Kernel size can't be greater"
+    ),
+    RuntimeError("cannot reshape tensor of 0 elements into shape [1, 0, -1]"),
+    RuntimeError("Input and output sizes should be greater than 0, but got input (H: 0, W: 8)"),
+    RuntimeError("Expected 3D or 4D tensor with optional 0 dim batch size for input, but got: [1, 4, 0, 8]"),
+    IndexError("index 0 is out of bounds for dimension 0 with size 0"),
+    ZeroDivisionError("integer modulo by zero"),
+)
+OF_OTHER_CAUSES = (
+    IndexError("tuple index out of range"),
+    RuntimeError("Sizes of tensors must match except in dimension 1. Expected size 2 but got size 4"),
+    RuntimeError("Given groups=1, weight of size [8, 3, 3, 3], expected input[1, 1, 34, 34] to have 3 channels"),
+    ValueError("no"),
+)
+
+
+@pytest.mark.parametrize("error", [*OF_TOO_SMALL, *OF_OTHER_CAUSES], ids=str)
+def test_an_error_at_a_small_size_says_that_it_may_be_too_small(error):
+    takes = signature_of(RoundingPipeline)
+    rest = {"prompt": None, "negative_prompt": None, "pil_image": None, "takes": takes}
     [request] = build_requests("a", None, overrides={"height": 32, "width": 512}, **rest)
-    assert ("too small for the model (height 32, width 512)" in advice(request, error)) is told
+    assert ("too small for the model (height 32, width 512)" in advice(request, error)) is (error in OF_TOO_SMALL)
+    [own] = build_requests("a", None, overrides={"height": 32, "width": 512, "latents": torch.ones(1)}, **rest)
+    assert "too small" not in advice(own, error)
     [request] = build_requests("a", None, overrides={"height": 512, "width": 512}, **rest)
-    assert advice(request, error) == ""
+    assert "too small" not in advice(request, error) or "Kernel" in str(error)
 
 
 def test_a_pipeline_of_pipelines_is_not_asked():

@@ -10,6 +10,9 @@ import pytest
 
 from shardit.cli import main
 from shardit.errors import did_you_mean
+from shardit.flags import ChatFlags
+from shardit.language.request.sampling_params import SamplingParams
+from shardit.language_commands import Conversation
 from shardit.models.tiny.language import language_folder
 from shardit.settings.environment import KNOWN, check_environment, switch
 from tests.support.paths import ROOT
@@ -104,6 +107,11 @@ def test_standard_input_that_is_not_utf8_or_empty(monkeypatch, capsys):
 )
 def test_files_that_cannot_hold_the_result(output, size, says, capsys):
     assert says in refused(capsys, *GENERATE, "--output", output, *size)
+
+
+def test_more_results_than_the_limit_are_refused_before_their_files_are_named(capsys, monkeypatch):
+    monkeypatch.setattr("shardit.flags.numbered", lambda *_: pytest.fail("a million names take seconds"))
+    assert "the limit is 10000" in refused(capsys, *GENERATE, "--num-outputs-per-prompt", "1000000")
 
 
 def test_a_range_is_named_whole(capsys):
@@ -258,6 +266,28 @@ def test_switches():
         for default in (False, True):
             assert switch("A", {"A": text}, default) == (default if is_on is None else is_on)
     assert switch("A", {}, default=True)
+
+
+def test_unknown_commands_of_a_chat_are_not_said_to_the_model(monkeypatch, capsys):
+    said = []
+
+    class Model:
+        def get_default_sampling_params(self):
+            return SamplingParams()
+
+        def chat_prompt(self, messages):
+            said.append(messages[-1]["content"])
+
+        def stream(self, prompt, params):
+            return []
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n/help\n/\n/a/b is a path\n/reset\n/exit\nbye\n"))
+    Conversation(Model(), ChatFlags(model="m")).run()  # pyright: ignore[reportArgumentType]
+    assert said == ["hello", "/a/b is a path"]
+    assert [line.split("; ")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "there is no /help",
+        "there is no /",
+    ]
 
 
 def test_a_language_model_has_no_variant(capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,3 +99,8 @@ def test_repeated_key_returns_its_job_after_new_measurements(tmp_path: Path) -> 
 def test_no_argument_names_a_file_of_this_machine() -> None:
     names = ("audio_file", "raw_path", "url", "profile", "mask_image", "steps_per_url_list")
     assert pipeline_names(ModelInfo(PipelineSignature("P", ("prompt", *names)))) == ["prompt", "profile", "seed"]
+
+
+def test_no_argument_is_listed_that_only_a_tensor_fits() -> None:
+    takes = PipelineSignature("P", ("prompt", "waves", "rate"), tensors=("waves",))
+    assert pipeline_names(ModelInfo(takes)) == ["prompt", "rate", "seed"]

@@ -14,6 +14,9 @@ from shardit.cli import main
 from shardit.diffusion.preflight import preflight
 from shardit.diffusion.request.model_info import ModelInfo
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
+from shardit.server.http.answers.waiting import check_completed
+from shardit.server.http.schema.errors import ApiError
+from shardit.server.jobs.job import Job
 from tests.support.http_calls import NOW, error_of
 from tests.support.http_fake import VIDEO, Served, form, picture, serving
 
@@ -102,6 +105,44 @@ def test_mistakes_are_named(images: Served, fields: dict[str, Any], param: str |
 )
 def test_mistakes_of_videos_are_named(videos: Served, fields: dict[str, Any]) -> None:
     assert error_of(videos, "/v1/videos", {"prompt": "a cat", **fields}, 400)["param"] == next(iter(fields))
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason", "param"),
+    [
+        ("generation", "ValueError: audio length (100.0s) is too long: 'audio_end_in_s-start<=6'", "audio_end_in_s"),
+        ("image", "RuntimeError: Kernel; perhaps the result is too small (height 16, width 16): ask for more", "size"),
+        ("image", "ValueError: height must be > 0; perhaps image is too narrow (1x300): give another", "image"),
+        (
+            "video",
+            "ValueError: height must be > 0; perhaps image is too narrow (1x300): give another",
+            "input_reference",
+        ),
+        ("image", "ValueError: `height` must be larger", "size"),
+        ("image", "ValueError: `height` and `strength` do not go together", None),
+        ("image", "RuntimeError: the height of the image is odd", None),
+        ("image", "RuntimeError: out of memory", None),
+    ],
+)
+def test_the_field_that_a_failed_job_names(kind: Any, reason: str, param: str | None) -> None:
+    asked = {"prompt": "a", "height": 16, "width": 16, "extra_args": {"audio_end_in_s": 100.0, "strength": 0.5}}
+    error = {"code": "generation_failed", "message": reason}
+    job = Job(1, "job_1", kind, "failed", asked, 1, {}, 0.0, 0.0, inputs=("input-0.png",), error=error)
+    with pytest.raises(ApiError) as caught:
+        check_completed(job)
+    assert (caught.value.status, caught.value.param) == (400, param)
+    with pytest.raises(ApiError) as caught:
+        check_completed(dataclasses.replace(job, error={**error, "code": "storage"}))
+    assert (caught.value.status, caught.value.param) == (500, None)
+
+
+def test_an_empty_text_is_no_picture(videos: Served) -> None:
+    for name in ("image", "input_reference"):
+        error = error_of(videos, "/v1/videos", {"prompt": "a cat", name: ""}, 400)
+        assert (error["param"], "must be a data: URL" in error["message"]) == (name, True)
+        assert videos.call("POST", "/v1/videos", {"prompt": "a cat", name: []})[0] == 200
+        data, kind = form({"prompt": "a cat", name: ""})  # as form libraries send null
+        assert videos.call("POST", "/v1/videos", data, {"Content-Type": kind})[0] == 200
 
 
 def test_shapes_are_described_in_words(images: Served, videos: Served) -> None:

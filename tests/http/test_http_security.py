@@ -108,6 +108,19 @@ def test_bodies_without_a_length_are_limited(images: Served) -> None:
         assert sock.recv(100).startswith(b"HTTP/1.1 413 ")
 
 
+def test_a_target_that_is_a_whole_address(images: Served) -> None:
+    def first(target: str) -> bytes:
+        with socket.create_connection(("127.0.0.1", images.port), WAIT_S) as sock:
+            sock.sendall(f"GET {target} HTTP/1.1\r\n{LOCAL}Connection: close\r\n\r\n".encode())
+            return sock.recv(100)
+
+    for target in ("http://localhost/health", "HTTP://localhost:1/v1/models?", "http://localhost"):
+        assert first(target).startswith(b"HTTP/1.1 200 "), target
+    for target in ("http://localhost/nothing", "ftp://localhost/health"):
+        assert first(target).startswith(b"HTTP/1.1 404 "), target
+    assert first("http://other.example/v1/models").startswith(b"HTTP/1.1 403 ")  # it replaces the header
+
+
 def test_a_body_has_one_end(images: Served) -> None:
     with socket.create_connection(("127.0.0.1", images.port), WAIT_S) as sock:
         head = f"POST {NOW} HTTP/1.1\r\n{LOCAL}Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"

@@ -8,10 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from shardit.diffusion.output.output import Output
 from shardit.engine.process.failure import Failure
 from shardit.engine.process.loop import Loop
+from shardit.server.http.answers.waiting import check_completed
+from shardit.server.http.schema.errors import ApiError
 from tests.support.played import INFO, Server, broken, played_server
 
 
@@ -71,6 +75,19 @@ def test_results_that_cannot_be_written(server: Server) -> None:
     assert "\n" not in error["message"]
     server.complete(second)
     assert server.state(second) == "completed"
+
+
+def test_an_empty_result_is_a_mistake_of_the_request(server: Server) -> None:
+    job_id = server.put()
+    server.leave(job_id, made=Output("a cat", 1, audio=np.zeros((1, 1, 0), "f4"), sample_rate=8000))
+    server.write()
+    assert server.job(job_id).error == {
+        "code": "generation_failed",
+        "message": "nothing to save, the sound has no samples; ask for a longer one",
+    }
+    with pytest.raises(ApiError) as caught:
+        check_completed(server.job(job_id))
+    assert caught.value.status == 400
 
 
 def test_results_that_vanish_before_they_are_recorded(server: Server) -> None:

@@ -152,12 +152,12 @@ class Server:
     def step(self, job_id: str, step: int = 1, total: int = 4) -> None:
         self.jobs.on_rank_message(self.ranks(job_id)[0], Progress(self.key(job_id), step, total))
 
-    def leave(self, job_id: str, **more: Any) -> None:
-        """All its ranks are through with a job."""
+    def leave(self, job_id: str, *, made: Output | None = None, **more: Any) -> None:
+        """All its ranks are through with a job, which `made` this."""
         key, ranks = self.key(job_id), self.ranks(job_id)
         for rank in ranks:
             good = rank == ranks[0] and not more
-            output = Output("a cat", 1, [Image.new("RGB", (8, 8))]) if good else None
+            output = (made or Output("a cat", 1, [Image.new("RGB", (8, 8))])) if good else None
             self.jobs.on_rank_message(
                 rank, RequestFinished(key, None if more.get("cancelled") else "sum", output=output, **more)
             )

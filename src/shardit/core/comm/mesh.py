@@ -114,6 +114,7 @@ def axis_ranks(sizes: dict[str, int], *axes: str) -> list[tuple[int, ...]]:
 def pick_device(device: str | torch.device | None, local_rank: int, shared: bool = False) -> torch.device:
     """Return the device of a rank: cuda if available, else cpu, unless given. shared: several ranks may have the same.
     Raises InputError, UnsupportedError."""
+    _check_allowed()
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = device_kind(device if isinstance(device, str) else torch.device(device).type)
@@ -129,6 +130,16 @@ def pick_device(device: str | torch.device | None, local_rank: int, shared: bool
             f"more ranks than {kind} devices: rank {local_rank} of this machine, {visible} visible; {other}"
         )
     return torch.device(kind, local_rank)
+
+
+def _check_allowed() -> None:
+    """Raise InputError for a type of SHARDIT_ALLOW_DEVICE that this torch does not know."""
+    for kind in filter(None, os.environ.get("SHARDIT_ALLOW_DEVICE", "").split(",")):
+        try:
+            torch.device(kind)
+        except RuntimeError:
+            text = f"SHARDIT_ALLOW_DEVICE names {kind!r}, which this torch does not know as a type of devices"
+            raise InputError(f"{text}; correct or unset it") from None
 
 
 def init_mesh(

@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,16 @@ def refused_above(name: str) -> dict[str, int]:
     return found
 
 
+def refused_without(name: str, config: Mapping[str, Any]) -> list[str]:
+    """Return the arguments that a pipeline class of diffusers refuses with this configuration, as in
+    `if self.config.boundary_ratio is None and guidance_scale_2 is not None: raise ...`."""
+    given = {**{item.name: item.default for item in init_parameters(name).values()}, **config}
+    checks = next(filter(None, (method(node, "check_inputs") for node in lineage(name))), None)
+    tests = [ast.unparse(line.test) for line in (checks.body if checks else ()) if isinstance(line, ast.If)]
+    return [needed[2] for needed in filter(None, map(_NEEDED.fullmatch, tests)) if given.get(needed[1]) is None]
+
+
+_NEEDED = re.compile(r"self\.config\.(\w+) is None and (\w+) is not None")
 _LIMIT = re.compile(r"(?:(\w+) is not None and )?(\w+) > (\d+)")
 
 

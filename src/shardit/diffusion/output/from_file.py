@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from shardit.diffusion.loading.variants import image_pipeline_name
 from shardit.diffusion.output.encode import EXIF_DESCRIPTION, LEFT_OUT
 from shardit.diffusion.request.pipeline_signature import PipelineSignature, same_setting
 from shardit.diffusion.request.step_lists import listed
@@ -158,10 +159,13 @@ def other_pictures(record: Mapping[str, Any], sizes: Sequence[tuple[int, int]]) 
     return [f"the file was made from input pictures of {there}, here: {here}: the result will differ"]
 
 
-def other_revision(record: Mapping[str, Any], made_by: Mapping[str, Any]) -> list[str]:
-    """Return a note for the loaded model (`PipelineSignature.made_by`), and for each file of an adapter or a component,
-    that has changed since the file was made."""
-    notes, before, now = [], record.get("revision"), made_by.get("revision")
+def other_revision(record: Mapping[str, Any], takes: PipelineSignature) -> list[str]:
+    """Return a note for the loaded model or its pipeline, and for each file of an adapter or a component, that has
+    changed since the file was made."""
+    made_by, before = takes.made_by, record.get("pipeline")
+    names = takes.class_name, image_pipeline_name(takes.class_name, {"expand_timesteps": takes.native_fps})
+    notes = [] if before in (None, *names) else [f"the file was made by {before}, here is {names[0]}: it will differ"]
+    before, now = record.get("revision"), made_by.get("revision")
     if None not in (before, now) and before != now:
         notes.append(f"the file was made with revision {before} of the model, here is {now}: pixels may differ")
     there, here = record.get("file_revisions") or {}, made_by.get("file_revisions") or {}

@@ -16,7 +16,7 @@ from shardit.diffusion.output.encode import is_transparent, record_text, too_lon
 from shardit.diffusion.output.sound import MOST_SAMPLES, write_wav
 from shardit.diffusion.output.target import IN_WORDS, SUFFIXES, check_path, numbered, path_of
 from shardit.diffusion.request.returned import MAPS, Kind
-from shardit.errors import InputError
+from shardit.errors import InputError, NothingToSaveError
 from shardit.params import FRAME_RATE
 from shardit.settings.checks import whole
 
@@ -116,7 +116,7 @@ class Output:
             raise InputError(f"the request failed: {_one_line(self.error)}")
         kinds = self.kinds
         if not kinds:
-            raise InputError("nothing to save, the output holds no pictures; leave out output_type")
+            raise NothingToSaveError("nothing to save, the output holds no pictures; leave out output_type")
         if self.audio is not None and target.suffix.lower() in SUFFIXES["audio"]:
             self._sound(self.audio)
         check_path(target, kinds, transparent=any(map(is_transparent, self.images)))
@@ -127,7 +127,7 @@ class Output:
             return replace(self, fps=fps).save(target, quality=quality)
         writers = self._writers(kind, quality)
         if not writers:
-            raise InputError(f"nothing to save, the output holds no {IN_WORDS[kind]}")
+            raise NothingToSaveError(f"nothing to save, the output holds no {IN_WORDS[kind]}")
         size = _largest(self.frames[0] if self.frames else self.pictures())
         targets = [check_path(name, kind, size=size) for name in numbered(target, len(writers))]
         return _write_all(dict(zip(targets, writers, strict=True)))

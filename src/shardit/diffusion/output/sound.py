@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardit.diffusion.output.arrays import array_of
-from shardit.errors import InputError
+from shardit.errors import InputError, NothingToSaveError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,7 +35,7 @@ def write_wav(waveform: Any, path: Path, sample_rate: int, comment: str) -> None
 
     samples = samples_of(waveform)
     if not samples.size:
-        raise InputError("nothing to save, the sound has no samples")
+        raise NothingToSaveError("nothing to save, the sound has no samples; ask for a longer one")
     with av.open(str(path), "w", format="wav") as container:
         container.metadata["comment"] = comment
         track = _add(container, "pcm_s16le", sample_rate, len(samples))

@@ -15,6 +15,7 @@ from shardit.diffusion.loading.diffusers_source import (
     method,
     parameters,
     refused_above,
+    refused_without,
 )
 from shardit.diffusion.loading.variants import image_pipeline_name
 from shardit.diffusion.preflight.static_sizes import configs_in, static_sizes, with_defaults
@@ -29,7 +30,8 @@ def static_signature(class_name: str, model_index: Mapping[str, Any] | None = No
         return None
     found = signature_from(class_name, [list(parameters(call.args)) for call in definitions], model_index)
     outputs = next((fields for call in definitions if (fields := _output_fields(call))), ())
-    return dataclasses.replace(found, outputs=outputs)
+    lacking = () if model_index is None else refused_without(class_name, model_index)
+    return dataclasses.replace(found.without(lacking), outputs=outputs)
 
 
 def static_signatures_of_model(

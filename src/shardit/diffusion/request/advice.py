@@ -11,8 +11,14 @@ if TYPE_CHECKING:
 _OF_DTYPES = re.compile(r"bfloat16|\bhalf\b|float16|same dtype|scalar type", re.IGNORECASE)
 _OF_SIZES = re.compile(r"kernel size|output size is too small|padding size should be less", re.IGNORECASE)
 _OF_NUMBERS = re.compile(r"without overflow|too large to convert", re.IGNORECASE)
+_OF_ZERO = re.compile(
+    r"by zero|\bsizes? 0\b|\b0 elements|numel\(\) == 0|non-?(zero|empty)|than 0\b|: 0\b|negative dim|[\[( ]0[,\])]"
+)
+"""Words of errors for tensors without elements."""
+_OF_RATIO = re.compile(r"aspect ratio|must be > 0")
+"""Words of errors for sizes that are computed from those of a picture."""
 _OF_SHAPES = (RuntimeError, IndexError, ZeroDivisionError)
-"""Errors of torch and Python for tensors without elements, in many words; custom classes have clear messages."""
+"""Errors of torch and Python for such tensors; custom classes have clear messages."""
 _OF_ARGUMENTS = (RuntimeError, IndexError, ValueError, TypeError, AttributeError)
 """Errors for a tensor of the wrong shape, which seldom name the argument."""
 _LARGE = 1e4
@@ -26,7 +32,17 @@ _SMALL = 64
 def advice(request: Request, error: Exception) -> str:
     """Return what to add to the text of a pipeline's error: advice, and shapes of given tensors; "" if there is
     none."""
-    return _remedy(request, error) + _pictures(request, error) + _tensors(request, error)
+    return (_narrow(request, error) or _remedy(request, error)) + _pictures(request, error) + _tensors(request, error)
+
+
+def _narrow(request: Request, error: Exception) -> str:
+    """Return an input picture that leaves nothing of a size computed from its own, if the error may come of that."""
+    sizes = [one.size for one in request.images if min(one.size) < max(_SMALL / 4, max(one.size) / 100)]
+    text = str(error)
+    if not sizes or not any(words.search(text) for words in (_OF_ZERO, _OF_SIZES, _OF_RATIO)):
+        return ""
+    width, height = min(sizes, key=min)
+    return f"; perhaps {request.image_name} is too small or too narrow ({width}x{height}): give another picture"
 
 
 def _pictures(request: Request, error: Exception) -> str:
@@ -71,8 +87,9 @@ def _remedy(request: Request, error: Exception) -> str:
         given = ", ".join(f"{name} {value}" for name, value in large.items())
         return f"; a number is too large for the dtype of the model ({given}): give a smaller one" if given else ""
     sides = {name: request.kwargs[name] for name in ("height", "width") if name in request.kwargs}
-    small = type(error) in _OF_SHAPES and any(isinstance(side, int) and side < _SMALL for side in sides.values())
-    if sides and (small or _OF_SIZES.search(text)):
+    few = any(isinstance(side, int) and side < _SMALL for side in sides.values())
+    small = _OF_SIZES.search(text) or (few and type(error) in _OF_SHAPES and _OF_ZERO.search(text))
+    if sides and small and not any(map(_shape, request.kwargs.values())):  # tensors of the user are the likelier cause
         given = ", ".join(f"{name} {value}" for name, value in sides.items())
         return f"; perhaps the result is too small for the model ({given}): ask for a larger one"
     return ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -138,6 +138,10 @@ class PipelineSignature:
         chosen += ["num_frames"] if self.frames_name else []
         chosen += ["fps"] if self.rate_name or self.kind == "video" else []
         return list(dict.fromkeys([*chosen, "seed"]))
+
+    def without(self, names: Collection[str]) -> PipelineSignature:
+        """Return the signature without these arguments."""
+        return dataclasses.replace(self, names=tuple(name for name in self.names if name not in names))
 
     def size_problem(self, name: str, value: Any) -> str | None:
         """Return the error in a height or width, with the nearest valid ones; None if it is valid."""

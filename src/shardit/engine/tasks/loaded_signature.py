@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from shardit.config import DiffusionParallelConfig
-from shardit.diffusion.loading.diffusers_source import refused_above
+from shardit.diffusion.loading.diffusers_source import refused_above, refused_without
 from shardit.diffusion.loading.required_packages import missing
 from shardit.diffusion.request.pipeline_signature import PipelineSignature, has_adapter, signature_of
 from shardit.diffusion.request.size_multiples import least_sides, size_multiples
@@ -30,7 +30,7 @@ def loaded_signature(pipe: Any, spec: SessionSpec, index: dict[str, Any], rate: 
     lacks = hasattr(pipe, "load_ip_adapter") and not adapted
     own = type(pipe).__module__.partition(".")[0] == "diffusers"
     return dataclasses.replace(
-        found,
+        found.without(refused_without(found.class_name, index) if own else ()),
         **sizes,
         most=refused_above(found.class_name) if own else {},
         made_by=_made_by(spec),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import re
 import secrets
 import time
 import traceback
@@ -33,6 +34,7 @@ _POLLED = ("/v1/server", "/v1/images", "/v1/videos", "/v1/generations")
 """Routes that the page polls."""
 PROBED = ("/health", "/ready")
 """Routes for probes, which may use another name for the server or none: they only report whether it works."""
+_ABSOLUTE = re.compile(r"https?://([^/]+)", re.IGNORECASE)
 _SAFE = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -55,6 +57,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope = _in_plain_form(scope)
         began, seen, method = time.monotonic(), {"status": 0}, scope["method"]
         if method == "HEAD" and not scope["path"].endswith("/events"):
             scope = {**scope, "method": "GET"}  # the server below sends no body; streams of events would not end
@@ -164,6 +167,17 @@ class Guard:
             owner=scope["state"].get("owner"),
             request_id=scope["state"].get("job"),
         )
+
+
+def _in_plain_form(scope: Scope) -> Scope:
+    """Return the scope of a request whose target is a whole address, which a server must take (RFC 9112, 3.2.2), as if
+    it were a path; its host replaces the header."""
+    target = _ABSOLUTE.match(scope["path"])
+    if target is None:
+        return scope
+    others = [pair for pair in scope["headers"] if pair[0] != b"host"]
+    path = scope["path"][target.end() :] or "/"
+    return {**scope, "path": path, "headers": [(b"host", target[1].encode()), *others]}
 
 
 def _name_of(netloc: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from shardit.diffusion.output.output import Output
 from shardit.engine.process.loop import Loop
-from shardit.errors import InputError
+from shardit.errors import InputError, NothingToSaveError
 from shardit.server.jobs.job import Job, State
 from shardit.server.jobs.store import Store
 from shardit.server.messages import Changed
@@ -50,7 +50,8 @@ class JobFinisher:
         self.writing.pop(job.id, None)
         error = done.exception()
         if isinstance(error, InputError):
-            self.end(job, "failed", error=failure("storage", str(error)))
+            code = "generation_failed" if isinstance(error, NothingToSaveError) else "storage"
+            self.end(job, "failed", error=failure(code, str(error)))
         elif error is not None:
             self.end(job, "failed", error=failure("storage", f"{type(error).__name__}: {error}"))
         else:

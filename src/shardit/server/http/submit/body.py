@@ -211,7 +211,7 @@ def _put(values: dict[str, Any], name: str, text: str) -> None:
 
 
 def _value(name: str, text: str) -> Any:
-    if _TEXTS.fullmatch(name):
+    if _TEXTS.fullmatch(name) and (text or name not in PICTURES):
         return text
     if not text:
         return None  # form libraries send null as empty text

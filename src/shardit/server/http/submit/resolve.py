@@ -38,7 +38,7 @@ def pipeline_names(info: ModelInfo | None) -> list[str]:
 def _is_sendable(name: str, takes: PipelineSignature) -> bool:
     # A text for a picture would be a path on this machine. A number is none, whatever its name (image_guidance_scale).
     number = only_numbers(takes.forms.get(name, ())) or isinstance(takes.defaults.get(name), (int, float))
-    return (number or not _NOT_SENDABLE.search(name)) and name not in takes.pictures
+    return (number or not _NOT_SENDABLE.search(name)) and name not in (*takes.pictures, *takes.tensors)
 
 
 def check_model(values: Mapping[str, Any], options: ServeOptions) -> None:

@@ -140,7 +140,7 @@ def _picture_field(
 ) -> tuple[str | None, PipelineSignature]:
     """Return the field with input pictures, if any, and the pipeline that will run then."""
     plain, takes = info.signature, info.signature_with_image or info.signature
-    given = next((name for name in PICTURES if body.uploads.get(name) or values.get(name)), None)
+    given = next((name for name in PICTURES if body.uploads.get(name) or values.get(name) not in (None, [])), None)
     if given is None and plain.needs_image:
         where = "image (POST /v1/images/edits)" if plain.kind == "image" else "input_reference"
         text, name = f"{plain.class_name} needs a picture; give one in {where}", where.split()[0]

@@ -32,15 +32,17 @@ class Model(nn.Module):
         super().__init__()
         self.front = nn.Linear(100, 100)
         self.blocks = nn.ModuleList(nn.Linear(8, 16) for _ in range(2))
+        self.more = nn.ModuleList([nn.Linear(15, 14)])
 
 
 def test_blocks_of_a_whole_model_are_those_of_its_slices() -> None:
     """Slices of blocks have a smaller share of the parameters, below that of block lists."""
     model = Model()
     names = [name for name, _ in find_blocks(model)]
-    assert names == ["blocks.0", "blocks.1"]
+    assert names == ["blocks.0", "blocks.1", "more.0"]
     for block in model.blocks:
         block.weight = nn.Parameter(torch.zeros(4, 8))  # type: ignore[assignment]
-    assert find_blocks(model) == []
-    assert blocks_named(model, names) == [("blocks.0", model.blocks[0]), ("blocks.1", model.blocks[1])]
-    assert blocks_named(model, ()) == []
+    found = [("blocks.0", model.blocks[0]), ("blocks.1", model.blocks[1]), ("more.0", model.more[0])]
+    assert find_blocks(model) == found[2:]
+    assert blocks_named(model, names) == found
+    assert blocks_named(model, ()) == found[2:]

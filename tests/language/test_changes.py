@@ -31,6 +31,11 @@ def encoder_and_decoder() -> Any:
     return transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=128, **sizes)).eval()
 
 
+def without_head() -> Any:
+    sizes = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    return transformers.BartModel(transformers.BartConfig(d_model=32, vocab_size=128, **sizes)).eval()
+
+
 def compiled() -> Any:
     model = families.make("llama")
     model.model.layers[1].compile(backend="eager")
@@ -44,6 +49,7 @@ def placed() -> Any:
 
 REFUSED_BEFORE = {
     "has an encoder and a decoder, which pipeline_parallel_size=2 does not cut": encoder_and_decoder,
+    "BartModel has an encoder and a decoder": without_head,
     r"give merge_and_unload\(\) of it, or the model inside": lambda: get_peft_model(families.make("llama"), ADAPTER),
     "is compiled, but several ranks run it together": compiled,
     "was placed by accelerate": placed,

@@ -34,15 +34,16 @@ def is_decoder(model: Any, config: DiffusionParallelConfig) -> bool:
 
 
 def refuse_generator(model: Any, config: DiffusionParallelConfig) -> None:
-    """Raise UnsupportedError for a model that generates tokens and is no decoder alone: code around its blocks calls
-    parts that other stages have."""
+    """Raise UnsupportedError for a model with an encoder and a decoder, whose code between both calls parts that other
+    stages have, and for one that peft wraps."""
     kinds = {cls.__name__: cls.__module__ for cls in type(model).__mro__}
     name, stages = type(model).__name__, config.pipeline_parallel_size
     if kinds.get("PeftModel", "").startswith("peft.") and stages > 1:
         raise UnsupportedError(
             f"{name} wraps a model in adapters: give merge_and_unload() of it, or the model inside, base_model.model"
         )
-    if kinds.get("GenerationMixin", "").startswith("transformers.") and stages > 1:
+    both = isinstance(model, PreTrainedModel) and any(path.endswith("decoder") for path, _ in model.named_modules())
+    if both and stages > 1:
         raise UnsupportedError(
             f"{name} has an encoder and a decoder, which pipeline_parallel_size={stages} does not cut; use "
             "tensor_parallel_size"

@@ -69,8 +69,8 @@ def parallelize(
     """
     config = config_of(config, parallel, "parallelize", ("config", "plan", "timeout_s"))
     target: Any = module_or_pipeline
-    if is_split(config) and is_decoder(target, config):
-        return parallelize_decoder(target, config, plan, timeout_s)
+    if is_split(config) and sharding_of(target) is None and is_decoder(target, config):
+        return _decoder(target, config, plan, timeout_s)
     modules = components_of(target)
     if modules is None:
         refuse_generator(target, config)
@@ -99,6 +99,12 @@ def parallelize(
     else:
         _whole(target, fresh, runtime, config, plan, compilers, check, earlier)
     return module_or_pipeline
+
+
+def _decoder(model: Any, config: DiffusionParallelConfig, plan: Any, timeout_s: float) -> Any:
+    if not hasattr(model, "shardit_decoder"):  # a second call changes nothing
+        refuse_overlap(type(model).__name__, model)
+    return parallelize_decoder(model, config, plan, timeout_s)
 
 
 def _check_alone(model: Any, config: DiffusionParallelConfig, plan: Any) -> None:

@@ -11,10 +11,11 @@ import torch
 import transformers
 
 import shardit
-from shardit import DiffusionParallelConfig, InputError
+from shardit import DiffusionParallelConfig, InputError, UnsupportedError
 from shardit.core.comm.mesh import init_mesh
 from shardit.language.loading.prepared import class_of
 from shardit.language.loading.source import decoder_source
+from tests.pipelines.entry import entries
 from tests.support.ranks import run_ranks
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 2], [0, 0, 3, 4, 5, 2]])
@@ -76,6 +77,21 @@ def check_two_encoders(rank: int, count: int, method: str) -> None:
         assert torch.equal(model(**inputs).logits_per_image, expected.logits_per_image)
 
 
+def check_parts_of_a_pipeline(rank: int, count: int, method: str) -> None:
+    init_mesh(STAGES, device="cpu", init_method=method, rank=rank)
+    pipe = entries()["StableDiffusionPipeline"].build()
+    with torch.no_grad():
+        expected = pipe.text_encoder(IDS)[0]
+    shardit.parallelize(pipe, STAGES)
+    encoder = pipe.text_encoder
+    assert shardit.parallelize(encoder, STAGES) is encoder  # it keeps its place in the pipeline
+    assert not hasattr(encoder, "shardit_decoder")
+    pipe = entries()["StableDiffusionPipeline"].build()
+    assert torch.equal(shardit.parallelize(pipe.text_encoder, STAGES)(IDS)[0], expected)
+    with pytest.raises(UnsupportedError, match="text_encoder is sharded by itself: load it again, and give only the"):
+        shardit.parallelize(pipe, STAGES)
+
+
 def check_loaded(rank: int, count: int, method: str, folder: Path) -> None:
     init_mesh(STAGES, device="cpu", init_method=method, rank=rank)
     model: Any = shardit.load(folder, STAGES)
@@ -92,6 +108,10 @@ def test_over_stages_all_results_have_the_bits_of_one_rank(names: tuple[str, ...
 
 def test_a_model_of_two_encoders() -> None:
     run_ranks(2, check_two_encoders)
+
+
+def test_an_encoder_before_and_after_its_pipeline() -> None:
+    run_ranks(2, check_parts_of_a_pipeline)
 
 
 def test_a_folder_loads_as_the_class_that_its_configuration_names(tmp_path: Path) -> None:

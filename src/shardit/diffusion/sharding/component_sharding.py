@@ -298,6 +298,9 @@ def refuse_overlap(name: str, module: nn.Module) -> None:
     if module in _PARENTS:
         raise UnsupportedError(f"{name} is a part of {_PARENTS[module][0]}, which is already sharded: {remedy}")
     for path, part in module.named_modules():
+        if hasattr(part, "shardit_decoder"):
+            title = f"{name}.{path}" if path else name
+            raise UnsupportedError(f"{title} is sharded by itself: load it again, and give only the whole model")
         sharding = sharding_of(part)
         title, replicated = (sharding.title, False) if sharding is not None else _PARENTS.get(part, ("", True))
         if not replicated:

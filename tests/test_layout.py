@@ -182,7 +182,7 @@ BUDGET = {
     "language": 2800,
     "loading": 1370,
     "models": 930,
-    "parallel": 4815,
+    "parallel": 4830,
     "server": 5310,
     "settings": 450,
     "training": 3915,

@@ -252,6 +252,16 @@ def test_numbers_of_heads_that_may_differ_between_layers() -> None:
     assert query_heads(families.config_of("llama")) == 4
 
 
+def test_layers_that_share_keys_are_cut_alike() -> None:
+    model = families.make("gemma4_text")
+    assert plan_decoder(model, 2).borrowers == [f"model.layers.{number}.self_attn" for number in (2, 3)]
+    model.model.layers[3].self_attn.more = torch.nn.Linear(2, 2)  # which no rule knows
+    with pytest.raises(
+        UnsupportedError, match=r"model\.layers\.3\.self_attn cannot be cut as other layers, which share"
+    ):
+        plan_decoder(model, 2)
+
+
 def test_vocabulary_alone_is_not_tensor_parallelism() -> None:
     with torch.device("meta"):
         model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=4))

@@ -166,6 +166,17 @@ class Cutter:
         number = heads.queries if heads.replicates else heads.keys
         return self.left_whole(name, f"{number} heads cannot be dealt to {self.size} ranks")
 
+    def check_borrowers(self) -> None:
+        """Raise UnsupportedError if some layers are cut and others are whole where layers use keys of each other."""
+        kinds = {type(self.model.get_submodule(name)) for name in self.plan.borrowers}
+        alike = [name for name, module in self.model.named_modules() if type(module) in kinds]
+        whole = [name for name in alike if name in self.whole]
+        if whole and len(whole) < len(alike):
+            raise UnsupportedError(
+                f"tensor_parallel_size={self.size}: {whole[0]} cannot be cut as other layers, which share its keys; "
+                "use pipeline_parallel_size"
+            )
+
     def vocabulary(self, name: str, table: Any) -> None:
         """Cut a large table by rows, so that a rank reads one contiguous run of the file."""
         if table.num_embeddings < max(rules.VOCABULARY, self.size):

@@ -61,6 +61,7 @@ def plan_tensors(
     if must_cut and cutter.too_few and not cutter.attentions:
         _refuse_heads(cutter)
     cutter.agree_on_tied()
+    cutter.check_borrowers()
     if must_cut and not cutter.plan.cuts:
         raise UnsupportedError(
             f"{type(model).__name__} has no attention or feed-forward that tensor parallelism knows; use "
@@ -103,6 +104,7 @@ def _attention(cutter: Cutter, name: str, module: nn.Module) -> bool:
         return _added_alone(cutter, name, module)
     if (why := _noted(cutter.family.kept_attentions, cutter.model)) is not None:
         return cutter.left_whole(name, why)
+    cutter.plan.borrowers += [name] if borrows(module, names) else []
     heads = read_heads(module, names, cutter.family)
     if isinstance(heads, str):
         return cutter.left_whole(name, heads, tried=True)
@@ -112,7 +114,8 @@ def _attention(cutter: Cutter, name: str, module: nn.Module) -> bool:
     if why:
         return cutter.left_whole(name, why)
     _cut_attention(cutter, name, module, names, heads)
-    (cutter.plan.borrowers if borrows(module, names) else cutter.plan.units).append(name)
+    if name not in cutter.plan.borrowers:
+        cutter.plan.units.append(name)
     return True
 
 

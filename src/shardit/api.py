@@ -36,7 +36,13 @@ from shardit.diffusion.sharding.decision import describe_blocks, describe_layout
 from shardit.diffusion.sharding.layout import Layout, lay_out, warn_unmet
 from shardit.errors import InputError, UnsupportedError
 from shardit.language.loading.source import named_decoder
-from shardit.language.parallel import is_decoder, is_split, load_decoder, parallelize_decoder, refuse_generator
+from shardit.language.parallel import (
+    is_sharded_as_decoder,
+    is_split,
+    load_decoder,
+    parallelize_decoder,
+    refuse_uncut_decoder,
+)
 from shardit.language.preflight import check_decoder_options
 from shardit.loading.dtypes import setting
 from shardit.parallel.tensor.apply import TensorPlan, plan_components, shard_components
@@ -69,11 +75,11 @@ def parallelize(
     """
     config = config_of(config, parallel, "parallelize", ("config", "plan", "timeout_s"))
     target: Any = module_or_pipeline
-    if is_split(config) and sharding_of(target) is None and is_decoder(target, config):
+    if is_split(config) and sharding_of(target) is None and is_sharded_as_decoder(target, config):
         return _decoder(target, config, plan, timeout_s)
     modules = components_of(target)
     if modules is None:
-        refuse_generator(target, config)
+        refuse_uncut_decoder(target, config)
         _check_alone(target, config, plan)
     given = modules if modules is not None else {ALONE: target}
     earlier = {name: sharding for name, module in given.items() if (sharding := sharding_of(module)) is not None}

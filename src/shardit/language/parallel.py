@@ -24,7 +24,7 @@ from shardit.parallel_state import set_mesh_of_model
 from shardit.settings.lora import Lora
 
 
-def is_decoder(model: Any, config: DiffusionParallelConfig) -> bool:
+def is_sharded_as_decoder(model: Any, config: DiffusionParallelConfig) -> bool:
     """Return whether this is a model of transformers that is sharded as a decoder: one that generates tokens, or over
     stages one with the same layers and another head or none, or an encoder: all of them make caches and record hidden
     states in the same way."""
@@ -33,7 +33,7 @@ def is_decoder(model: Any, config: DiffusionParallelConfig) -> bool:
     return hasattr(model, "generate") or config.pipeline_parallel_size > 1
 
 
-def refuse_generator(model: Any, config: DiffusionParallelConfig) -> None:
+def refuse_uncut_decoder(model: Any, config: DiffusionParallelConfig) -> None:
     """Raise UnsupportedError for a model with an encoder and a decoder, whose code between both calls parts that other
     stages have, and for one that peft wraps."""
     kinds = {cls.__name__: cls.__module__ for cls in type(model).__mro__}

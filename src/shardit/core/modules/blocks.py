@@ -63,7 +63,8 @@ def find_blocks(model: nn.Module, plan: Plan | None = None) -> list[tuple[str, n
     else:
         total = sum(p.numel() for p in model.parameters()) or 1
         chosen = [name for name, blocks in lists.items() if _numel(blocks) >= SMALL_SHARE * total]
-        chosen = chosen or sorted(lists, key=lambda name: -_numel(lists[name]))[:1]  # a vocabulary has nearly all
+        largest = max(lists, key=lambda name: _numel(lists[name]), default=None)
+        chosen = chosen or ([largest] if largest else [])  # where a vocabulary has nearly all parameters
     once: dict[int, tuple[str, nn.Module]] = {}
     for name in chosen:
         for i, block in enumerate(lists[name]):

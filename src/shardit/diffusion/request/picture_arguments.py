@@ -37,9 +37,9 @@ def _check(value: Any) -> None:
         raise InputError(f"must be a picture, the path of one or a list of these, got {value!r:.60}")
 
 
-def _is_grey(name: str, entry: Any) -> bool:
-    """Return whether a frame of a video is a picture of another kind than those read from a file."""
-    return is_video(name) and isinstance(entry, Image) and entry.mode != "RGB"
+def _has_to_be_opened(name: str, entry: Any) -> bool:
+    """Return whether an entry of a list is a file, or a frame of a video whose mode is not that of frames in files."""
+    return is_file(entry) or (is_video(name) and isinstance(entry, Image) and entry.mode != "RGB")
 
 
 def _opened(name: str, value: Any, takes: PipelineSignature) -> Any:
@@ -49,7 +49,7 @@ def _opened(name: str, value: Any, takes: PipelineSignature) -> Any:
             return open_video(value)
         mode = "opaque" if any(word in name for word in OPAQUE) else "RGB"
         if isinstance(value, (list, tuple)):
-            return [open_image(entry, mode) if is_file(entry) or _is_grey(name, entry) else entry for entry in value]
+            return [open_image(entry, mode) if _has_to_be_opened(name, entry) else entry for entry in value]
         picture = open_image(value, mode) if is_file(value) else value
         return [picture] if name in takes.listed and isinstance(picture, Image) else picture
     except InputError as error:

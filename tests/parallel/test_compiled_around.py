@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -42,3 +43,43 @@ def test_a_compiled_module_around_blocks(axis: str, early: bool) -> None:
     for distances, frames in run_ranks(2, refined, {axis: 2}, early, timeout=200):
         assert max(distances) <= (0 if axis == "pipeline_parallel_size" else 1e-5)
         assert frames
+
+
+def compiled_runs(rank: int, size: int, method: str) -> dict[str, tuple[list[int], set[str]]]:
+    """Compile the blocks of a sharded model; return by axis how many compiled graphs each of three calls runs, and the
+    files of this package that are in a graph."""
+    join(rank, size, method)
+    found = entry("WanTransformer3DModel")
+    results = {}
+    for axis in ("ulysses_degree", "tensor_parallel_size"):
+        torch._dynamo.reset()
+        model: Any = found.build()
+        del model.blocks[1:]
+        shardit.parallelize(model, timeout_s=60, **{axis: 2})
+        ran, ours = [], set()
+
+        def counted(graph: Any, inputs: Any) -> Any:
+            traces = [node.stack_trace or "" for node in graph.graph.nodes]
+            ours.update(file for trace in traces for file in re.findall(r"shardit/((?:core|parallel)/\S+\.py)", trace))  # noqa: B023
+
+            def run(*args: Any) -> Any:
+                ran[-1] += 1  # noqa: B023
+                return graph.forward(*args)
+
+            return run
+
+        model.compile_repeated_blocks(backend=counted)
+        for number in (0, 3, 4):
+            ran.append(0)
+            materialize(model(**found.inputs(Draw(number, False)), return_dict=False))
+        results[axis] = ran, ours
+    return results
+
+
+def test_blocks_stay_compiled() -> None:
+    """Trials of a first call would make torch.compile skip the code of blocks for good; collective operations are not
+    compiled."""
+    for results in run_ranks(2, compiled_runs):
+        for axis, (ran, ours) in results.items():
+            assert ran[1] == ran[2] > 0, (axis, ran)
+            assert not any(file.startswith("core/comm/") for file in ours), (axis, ours)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -36,6 +37,20 @@ def unwrap_parts(model: nn.Module) -> None:
 def compile_call(module: nn.Module, compiler: Any) -> None:
     """Compile the calls of a module, as `module.compile()` does, with an existing compiler and its settings."""
     module._compiled_call_impl = compiler(module._call_impl)
+
+
+@contextmanager
+def uncompiled(module: nn.Module) -> Iterator[None]:
+    """Temporarily run the code of a module as it is. Code that torch.compile meets while a mode sees each operation
+    would never be compiled again."""
+    compiled = [(part, part._compiled_call_impl) for part in module.modules() if part._compiled_call_impl is not None]
+    for part, _ in compiled:
+        part._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for part, call in compiled:
+            part._compiled_call_impl = call
 
 
 def compiled_around(model: nn.Module, blocks: Iterable[nn.Module]) -> str | None:

@@ -60,6 +60,7 @@ def attention_is_taken() -> bool:
     return _handler.get() is not None
 
 
+@torch.compiler.disable  # one break in a compiled block, in place of one at each of the functions below
 def _sdpa(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -93,6 +94,7 @@ def _replaced() -> str | None:
     return f"{getattr(_plain_sdpa, '__qualname__', 'a function')} in place of F.scaled_dot_product_attention"
 
 
+@torch.compiler.disable
 def _hand_over(handler: Handler, call: Call) -> torch.Tensor:
     token = _handler.set(None)  # attention inside the handler is not a call of the block
     try:

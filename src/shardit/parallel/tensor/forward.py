@@ -33,6 +33,7 @@ def unless_whole(cut_forward: Callable[..., torch.Tensor]) -> Callable[..., torc
     return forward
 
 
+@torch.compiler.disable
 def together(act: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
     """Return act(tensor), which may work in place; in an autograd graph, a backward through it raises
     UnsupportedError."""

@@ -24,8 +24,15 @@ from shardit.parallel.tensor.plan import PLAIN, Role
 
 def install_role(module: nn.Module, role: Role, ranks: Collectives, made: Subclasses) -> None:
     """Give a module with a cut weight the forward of its role, in place."""
-    plain = {PLAIN: type(module)}
-    share_subclass(module, made, (role,), lambda: {"forward": unless_whole(_FORWARDS[role.kind](role, ranks)), **plain})
+    forward = unless_whole(_FORWARDS[role.kind](role, ranks))
+    if role.kind in ONE_OPERATION:
+        forward = torch.compiler.disable(forward)
+    share_subclass(module, made, (role,), lambda: {"forward": forward, PLAIN: type(module)})
+
+
+ONE_OPERATION = {"rows", "channels", "gathered", "vocabulary"}
+"""Kinds whose forward is one operation and a message. Code in torch.compile around them calls them as they are: it has
+nothing to gain there, and would be compiled again for every shape."""
 
 
 Finish = Callable[[torch.Tensor], torch.Tensor]

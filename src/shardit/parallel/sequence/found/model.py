@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from shardit.core.comm.barrier import sendable
+from shardit.core.modules.compiled import uncompiled
 from shardit.core.modules.fingerprint import PROCESSOR
 from shardit.core.modules.patching import subclass_in_place
 from shardit.core.modules.state.module_state import copy_aliases, new_values, restore, state_of
@@ -230,7 +231,8 @@ class SequenceParallel:
         error = None
         self.checked += 1
         materialize([leaf for leaf in leaves if _shard_source(leaf) is None])
-        with self._untraced():  # sharded tensors stay sharded here: an untraced gather would be missing later
+        # Sharded tensors stay sharded here: an untraced gather would be missing later.
+        with self._untraced(), uncompiled(self.blocks[index][1]):
             whole = [leaf if source is None else source.peek() for leaf in leaves for source in [_shard_source(leaf)]]
             if self._owned[index]:
                 try:

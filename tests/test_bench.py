@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -108,3 +109,10 @@ def test_measurement_of_a_gpu_on_a_cpu() -> None:
         assert found["equal"]
         assert found["compiled_distance"] < 0.02
     assert len(done.stdout.splitlines()) == 3
+
+
+def test_measurement_of_a_gpu_without_one() -> None:
+    command = [sys.executable, "-m", "bench.gpu"]
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=hidden, capture_output=True, text=True, timeout=110)
+    assert (done.returncode, done.stdout) == (0, "no GPU: nothing to test or to measure here\n")

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from shardit import LLM, DiffusionParallelConfig, Omni, OmniDiffusionSamplingParams, SamplingParams
+from shardit import LLM, DiffusionParallelConfig, SamplingParams
 from shardit.models import tiny
 from tests.support.ranks import run_ranks
-from tests.support.shared_device import AXES, BITWISE, run_axis
+from tests.support.shared_device import AXES, BITWISE, on_one_rank, run_axis
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,16 +24,8 @@ pytestmark = [
 
 @pytest.mark.parametrize("name", tiny.names())
 def test_one_rank_equals_diffusers(name: str) -> None:
-    call = {**tiny.defaults(name), "output_type": "np"}
-    plain = tiny.load_plain(tiny.resolve(f"tiny/{name}")).to("cuda")
-    if tiny.images(name):
-        pytest.skip("takes pictures")
-    out = plain(prompt="a cat", generator=torch.Generator("cpu").manual_seed(1), **call)
-    expected = np.asarray(out.frames if hasattr(out, "frames") else out.images)
-    with Omni(model=f"tiny/{name}", device="cuda") as omni:
-        got = omni.generate("a cat", OmniDiffusionSamplingParams(seed=1, **call))[0]
-    assert got.error is None
-    assert np.array_equal(expected, np.asarray(got.latents))
+    expected, made = on_one_rank(name, "cuda")
+    assert np.array_equal(expected, made)
 
 
 @pytest.mark.parametrize("axis", AXES)

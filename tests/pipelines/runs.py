@@ -25,6 +25,8 @@ AXES: dict[str, dict[str, int]] = {
     "pp 2": {"pipeline_parallel_size": 2},
     "cfg 2": {"cfg_parallel_size": 2},
     "tp 2": {"tensor_parallel_size": 2},
+    "ulysses 2": {"ulysses_degree": 2},
+    "ring 2": {"ring_degree": 2},
 }
 """The ways of sharding that every pipeline is tried with: arguments of DiffusionParallelConfig."""
 
@@ -35,8 +37,11 @@ PRODUCTS: dict[str, dict[str, int]] = {
 }
 """More of them, which are not in the table."""
 
+BITWISE = ("pp", "cfg")
+"""Axes that must give the same bits."""
+
 CLOSE = 1e-5
-"""Largest relative L2 distance on the tensor axis; the others must give the same bits."""
+"""Largest relative L2 distance on the others."""
 
 ROUNDED = 2**-8
 """The same for pipelines that round to fewer bits: values may have been rounded the other way, to the next number in
@@ -122,7 +127,7 @@ def _attempt(entry: PipelineEntry, axis: str, plain: dict[str, Any]) -> Outcome:
         )
         outcome.held = sum(parameters(pipe)) / max(size, 1)
         outcome.distance = distance(expected, run(pipe, entry))
-        bound = (ROUNDED if entry.rounded else CLOSE) if axis.startswith("tp") else 0
+        bound = 0 if axis.startswith(BITWISE) else ROUNDED if entry.rounded else CLOSE
         if not outcome.distance <= bound:
             outcome.kind, outcome.message = "wrong", f"relative L2 distance {outcome.distance:.2e}"
     except NotSame as error:

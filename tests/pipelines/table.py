@@ -21,6 +21,9 @@ call keeps it whole (`split_batch=False`).
 
 """
 
+CUTS_WEIGHTS = ("pp", "tp")
+"""Axes that spread the parameters; on the others every rank has all of them."""
+
 WHOLE = 0.95
 """Share of all parameters on one rank from which on hardly anything was cut."""
 
@@ -31,7 +34,7 @@ def cell(outcome: Outcome) -> str:
     """Return the table's text for one outcome."""
     if outcome.kind != "right":
         return outcome.kind
-    whole = " *" if outcome.held > WHOLE and not outcome.axis.startswith("cfg") else ""
+    whole = " *" if outcome.held > WHOLE and outcome.axis.startswith(CUTS_WEIGHTS) else ""
     return ("=" if outcome.distance == 0 else f"{outcome.distance:.0e}") + whole
 
 

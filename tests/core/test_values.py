@@ -213,3 +213,30 @@ def _batches(rank: int, size: int, method: str) -> list[bool]:
 
 def test_equal_samples_do_not_show_that_a_batch_can_be_split() -> None:
     assert run_ranks(2, _batches) == [[True, True]] * 2
+
+
+class FramesOfBranches(Plain):
+    """Adds the first frame of its branch to each frame, as cross-frame attention does: samples of the same branch are
+    related, of which a batch of two has one each."""
+
+    def run(self, x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
+        frames = super().run(x, e).unflatten(0, (min(2, len(x)), -1))
+        return (frames + frames[:, :1]).flatten(0, 1)
+
+
+def _frames(rank: int, size: int, method: str, axes: dict[str, int]) -> list[float]:
+    """Distances of batches of two and of more samples from one rank."""
+    dist.init_process_group("gloo", init_method=method, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    torch.manual_seed(0)
+    model, batches = randomise(FramesOfBranches()), [torch.randn(n, 5, WIDTH) for n in (2, 4, 6, 4)]
+    with torch.no_grad():
+        plain = [model(x, torch.ones(len(x))) for x in batches]
+    shardit.parallelize(model, DiffusionParallelConfig(**axes))
+    made = [model(x, torch.ones(len(x))) for x in batches]
+    return [float((a - b).norm() / b.norm()) for a, b in zip(made, plain, strict=True)]
+
+
+@pytest.mark.parametrize("axes", [{"pipeline_parallel_size": 2}, {"cfg_parallel_size": 2}])
+def test_batches_of_another_size_may_relate_samples(axes: dict[str, int]) -> None:
+    for distances in run_ranks(2, _frames, axes):
+        assert max(distances) < 1e-6, distances

@@ -34,7 +34,9 @@ class SplitCalls:
 
     def run(self, forward: Forward, call: FlatCall, code: Any, parts: int) -> Any:
         """Make a batched call, in as many parts if they give what the whole batch gives."""
-        key = call.mode_key(code), microbatch.pattern(call.args, call.kwargs), parts
+        # Samples may be related by their number: one of two branches of guidance has more than one frame in it.
+        samples = microbatch.batch_size(call.args, call.kwargs)
+        key = call.mode_key(code), microbatch.pattern(call.args, call.kwargs), samples, parts
         if key in self._known and not self._known[key]:
             return self.whole(forward, call, code)
 

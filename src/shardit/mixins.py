@@ -17,10 +17,12 @@ from shardit.core.runtime.pending import materialize
 
 
 class CFGParallelMixin:
-    """Predictions of one step, with or without guidance. The pipeline has a `transformer` and a `scheduler`."""
+    """Predictions of one step, with or without guidance. The pipeline sets both attributes."""
 
     transformer: Any
+    """Model that `predict_noise` calls."""
     scheduler: Any
+    """Scheduler of diffusers that `scheduler_step` calls."""
 
     def predict_noise(self, **kwargs: Any) -> torch.Tensor:
         """One call of the transformer; override it where the transformer is called in another way."""

@@ -24,19 +24,19 @@ from shardit.errors import InputError
 
 @dataclass(frozen=True)
 class SequenceParallelInput:
-    """Split one tensor over the sequence ranks.
-
-    split_dim: the dimension of the tokens (negative: from the end). expected_dims: how many dimensions the tensor must
-    have; checked when it is split. split_output: False splits a parameter of the module's forward (the key is its
-    name), True one of its outputs (the key is its number, 0 for a module that returns one tensor). auto_pad: pad with
-    zeros until every rank has as many tokens, and keep the padding out of attention and gathered results (Ulysses
-    only); False gives some ranks one token less. A value of None is left alone. Raises InputError for wrong values.
-    """
+    """Split one tensor over the sequence ranks. None in place of the tensor stays None. Raises InputError for wrong
+    values."""
 
     split_dim: int
+    """Dimension of the tokens; a negative number counts from the end. Error: outside of `expected_dims`."""
     expected_dims: int | None = None
+    """Number of dimensions that the tensor must have; None for any. Error at the split: another number."""
     split_output: bool = False
+    """False splits a parameter of the module's forward: the key is its name. True splits an output: the key is its
+    number, 0 for a module that returns one tensor."""
     auto_pad: bool = False
+    """True pads with zeros until all ranks have equally many tokens, and keeps the padding out of attention and results
+    (Ulysses only). False gives some ranks one token less."""
 
     def __post_init__(self) -> None:
         _check(type(self).__name__, "split_dim", self.split_dim, self.expected_dims)
@@ -44,12 +44,13 @@ class SequenceParallelInput:
 
 @dataclass(frozen=True)
 class SequenceParallelOutput:
-    """Gather an output of a module: `gather_dim` is the dimension of the tokens, `expected_dims` as for
-    `SequenceParallelInput`. For a module with several outputs: a list, with None for each that is left alone. Raises
-    InputError for wrong values."""
+    """Gather an output of a module. A module with several outputs has a list, with None for each that stays as it is.
+    Raises InputError for wrong values."""
 
     gather_dim: int
+    """Dimension of the tokens; a negative number counts from the end. Error: outside of `expected_dims`."""
     expected_dims: int | None = None
+    """Number of dimensions that the output must have; None for any. Error when it is gathered: another number."""
 
     def __post_init__(self) -> None:
         _check(type(self).__name__, "gather_dim", self.gather_dim, self.expected_dims)

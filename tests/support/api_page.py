@@ -29,6 +29,9 @@ MODULES = (
 )
 """Public modules besides `shardit` itself."""
 
+FACTORY = re.compile(r"^field\(default_factory=dict\)$")
+"""A default that is an empty dict."""
+
 HEAD = """# API
 
 Made from the docstrings by `make api`. The command line and HTTP have pages of their own: `shardit --help`,
@@ -126,7 +129,7 @@ def _fields(cls: type, *, only_declared: bool = False) -> Iterator[tuple[str, st
         kind = node.annotation
         if isinstance(kind, ast.Subscript) and ast.unparse(kind.value) == "Annotated":
             kind = kind.slice.elts[0] if isinstance(kind.slice, ast.Tuple) else kind
-        default = ast.unparse(node.value) if node.value is not None else ""
+        default = FACTORY.sub("{}", ast.unparse(node.value)) if node.value is not None else ""
         if name in settings:
             default, text = _declaration(settings[name], text)
         if name in settings or not only_declared:

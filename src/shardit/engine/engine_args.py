@@ -24,26 +24,50 @@ SIZES = ("pipeline_parallel_size", "tensor_parallel_size", "data_parallel_size",
 @hinted("args")
 @dataclass(frozen=True)
 class EngineArgs:
-    """The arguments of `LLM` under vLLM's names, as data: LLM(**EngineArgs(...).as_kwargs()). Wrong values raise
-    InputError."""
+    """The arguments of `LLM` under vLLM's names, as data: LLM(**EngineArgs(...).as_kwargs()).
+
+    Unknown names and wrong values raise InputError here. Values that do not fit the model raise it in `LLM`.
+    """
 
     model: str = ""
+    """Hub id, folder of transformers, GGUF file, short name ("smollm2-135m") or "tiny/NAME"."""
     pipeline_parallel_size: int = 1
+    """Number of stages that the layers are split into, at least 1. Error at load: more ranks than layers."""
     tensor_parallel_size: int = 1
+    """Number of ranks that each linear layer is split across, at least 1. Error at load: no rule for the model."""
     data_parallel_size: int = 1
+    """Number of replicas of the model, at least 1; each runs its share of the prompts."""
     dtype: str | None = None
+    """Data type of the weights, such as "bfloat16"; None for that of the files (float32 for GGUF files)."""
     device: str | None = None
+    """Device of the ranks, "cuda" or "cpu"; None for cuda if there is one."""
     max_model_len: int | None = None
+    """Maximum tokens of a prompt and its text together, at least 1; None for the room of the model."""
     max_num_seqs: int = 32
+    """Maximum texts of a batch, at least 1; there is a batch for each stage."""
     max_num_batched_tokens: int | None = None
+    """Maximum tokens of prompts in one step, at least 1; None for 64 on CPUs and 512 on GPUs."""
     kv_cache_memory: int | str | None = None
+    """Maximum memory of keys and values on a rank, in bytes or as "2GiB"; None for half of what is free."""
     seed: int | None = None
+    """Seed of prompts without one: text i of a call has seed + i. None draws one for each text."""
     gpu_memory_utilization: float | None = None
+    """Share of a rank's memory for its weights and the cache of one text of maximum length, above 0 and at most 1.
+    Error at load: they need more. None: no limit."""
     timeout_s: float = 600
+    """Timeout for a message of another rank, in seconds: more than 0. A timeout raises RankError."""
     layer_partition: Sequence[int] | None = None
+    """Layers of each stage, such as [8, 12, 12, 8]; None balances them. Error: a wrong number of entries, or (at load)
+    a wrong sum."""
     distributed_executor_backend: str | None = None
+    """Launcher of ranks: "mp" or None for processes of this machine, "ray" for actors of Ray. Error: "ray" under
+    torchrun."""
     num_nodes: int = 1
+    """Number of machines for "ray", at least 1. Error: a number that does not divide the ranks, or more than 1 without
+    "ray"."""
     lora: Any = None
+    """Adapters of peft that are merged into the weights: a folder or hub id (optionally with ":SCALE" at its end),
+    (path, scale), or a list of these."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> EngineArgs:
         reject_unknown_names(cls.__name__, kwargs, cls.names())

@@ -183,8 +183,10 @@ class LLM:
     ) -> Iterator[CompletionChunk]:
         """Continue prompts and yield pieces of text as they come; arguments as of `generate`.
 
-        The pieces of a text joined are the text that `generate` gives. Where the iterator is closed early, the texts
-        end with the step that they are in. Raises InputError under torchrun, where each rank would have to take part.
+        A piece has `prompt_index` (number of its prompt), `index` (number of its text), `text` and `token_ids` (the new
+        ones); the last piece of a text has its `finish_reason` and `stop_reason`. The joined pieces are the text of
+        `generate`. If the iterator is closed early, the texts end with their current step. Raises InputError under
+        torchrun.
         """
         if started_by_torchrun(os.environ):
             raise InputError("stream: ranks of torchrun run in step; use generate, or start LLM without torchrun")

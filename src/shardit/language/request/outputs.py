@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 def ended_by_token(reason: str | None, stop: int | str | None) -> bool:
@@ -14,19 +14,20 @@ def ended_by_token(reason: str | None, stop: int | str | None) -> bool:
 
 @dataclass(frozen=True)
 class CompletionOutput:
-    """One generated text for a prompt.
-
-    token_ids: including the end token, if one ended the text. finish_reason: "stop" (an end token or a stop string) or
-    "length". stop_reason: the stop string or token that ended it, None for an end token of the model. logprobs: for
-    each token, log probabilities of some tokens by their ids; None if they were not requested.
-    """
+    """One generated text for a prompt."""
 
     index: int
+    """Number of the text among those for its prompt, from 0."""
     text: str
+    """The text, without stop string and (as a rule) special tokens."""
     token_ids: tuple[int, ...]
+    """Ids of the generated tokens, including the end token if one ended the text."""
     finish_reason: str
+    """Reason of the end: "stop" for an end token or a stop string, "length" for the maximum number of tokens."""
     stop_reason: int | str | None = None
+    """The stop string or stop token that ended the text; None for an end token of the model and for "length"."""
     logprobs: Sequence[dict[int, float]] | None = None
+    """For each token, log probabilities of some tokens by their ids; None if they were not requested."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,17 @@ class CompletionChunk:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """The texts for one prompt. prompt: None if token ids were given. prompt_logprobs: for each token of the prompt,
-    log probabilities of some tokens by their ids, None for the first token; None if they were not requested."""
+    """The texts for one prompt."""
 
     prompt: str | None
+    """The prompt; None if token ids were given."""
     prompt_token_ids: tuple[int, ...]
-    outputs: Sequence[CompletionOutput] = field(default=())
+    """Ids of the tokens of the prompt."""
+    outputs: Sequence[CompletionOutput] = ()
+    """The texts: `SamplingParams.n` of them."""
     prompt_logprobs: Sequence[dict[int, float] | None] | None = None
+    """For each token of the prompt, log probabilities of some tokens by their ids, None for the first token; None if
+    they were not requested."""
 
 
 RowResult = tuple[tuple[int, ...], str, int | str | None, Sequence[dict[int, float]] | None]

@@ -71,7 +71,7 @@ def parallelize(
     found in a transformer (for a pipeline: one for all, or by component name). `timeout_s` bounds every wait.
     `parallel`: fields of the configuration as keywords, in its place: parallelize(pipe, tensor_parallel_size=2).
 
-    Raises InputError where world size, partition or device do not fit, UnsupportedError where it cannot be done right.
+    Raises InputError if world size, partition or device do not fit, UnsupportedError if it cannot be done right.
     """
     config = config_of(config, parallel, "parallelize", ("config", "plan", "timeout_s"))
     target: Any = module_or_pipeline

@@ -95,7 +95,7 @@ class DiffusionParallelConfig:
     )
     """Blocks per stage (pipeline_parallel_size entries, contiguous) or per chunk in chunk order
     (pipeline_parallel_size x pipeline_chunks entries), counted over a transformer's block lists in the order of a
-    forward. Where it is None, the environment decides (see `resolve_layer_partition`), else blocks are balanced by
+    forward. If it is None, the environment decides (see `resolve_layer_partition`), else blocks are balanced by
     cost. Error: a wrong number of entries, or (at load) a wrong sum."""
 
     split_batch: bool = declare(
@@ -160,7 +160,7 @@ def config_of(
     """Return the configuration that a call of `callee` asks for, given whole or by its fields as keywords.
 
     `others` are the keywords that `callee` takes itself; unless `listed`, they include the fields to propose. Raises
-    InputError where both are given, where `config` is something else, or where a keyword is neither a field nor one of
+    InputError if both are given, if `config` is something else, or if a keyword is neither a field nor one of
     `others`.
     """
     names = [item.name for item in fields(DiffusionParallelConfig)]
@@ -181,7 +181,7 @@ DEVICES = ("cpu", "cuda")
 
 
 def device_kind(device: str) -> str:
-    """Return the type of a device by its name, such as "cuda:1". Raises UnsupportedError where ranks do not run on
+    """Return the type of a device by its name, such as "cuda:1". Raises UnsupportedError if ranks do not run on
     it."""
     kind, _, number = device.partition(":")
     if not kind or (kind not in DEVICES and kind not in os.environ.get("SHARDIT_ALLOW_DEVICE", "").split(",")):
@@ -222,7 +222,7 @@ def resolve_layer_partition(
 
 
 def check_partition_variables(config: DiffusionParallelConfig, environ: Mapping[str, str]) -> None:
-    """Raise InputError where the environment's layer partition is wrong whatever the model is.
+    """Raise InputError if the environment's layer partition is wrong whatever the model is.
 
     Without stages its number of entries is left to the model: one without blocks takes no notice of a partition.
     """
@@ -254,7 +254,7 @@ def partition_chunks(config: DiffusionParallelConfig, partition: Sequence[int], 
 
 
 def idle_chunks(config: DiffusionParallelConfig) -> str | None:
-    """What to say of `pipeline_chunks` that change nothing, since there is one stage."""
+    """Return a warning about `pipeline_chunks` without effect, since there is one stage; else None."""
     if config.pipeline_parallel_size > 1 or (config.pipeline_chunks or 1) == 1:
         return None
     return (
@@ -266,7 +266,7 @@ def idle_chunks(config: DiffusionParallelConfig) -> str | None:
 def fitting_partition(
     config: DiffusionParallelConfig, environ: Mapping[str, str], num_blocks: int
 ) -> tuple[int, ...] | None:
-    """Return the layer partition in force, None where none is given. Raises InputError and UnsupportedError where a
+    """Return the layer partition in force, None if none is given. Raises InputError and UnsupportedError if a
     transformer with so many blocks does not go with it, or with the number of stages."""
     partition, source = resolve_layer_partition(config, environ)
     if partition is None:
@@ -282,7 +282,7 @@ def fitting_partition(
 
 
 def check_stages(pp_size: int, num_blocks: int) -> None:
-    """Raise UnsupportedError where there are more stages than blocks."""
+    """Raise UnsupportedError if there are more stages than blocks."""
     if num_blocks < pp_size:
         raise UnsupportedError(
             f"pipeline_parallel_size={pp_size} is more than the {num_blocks} blocks of the model; "

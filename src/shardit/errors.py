@@ -9,7 +9,7 @@ from typing import Any
 
 
 class InputError(ValueError):
-    """What was asked for cannot be done as asked; the text says what to change. Exit code 2."""
+    """The request cannot be run as given; the text names the change. Exit code 2."""
 
 
 class UnsupportedError(InputError):
@@ -21,9 +21,9 @@ class NothingToSaveError(InputError):
 
 
 class RankError(RuntimeError):
-    """A rank died, hung past the timeout or raised where the other ranks did not. Exit code 1.
+    """A rank alone died, hung past the timeout or raised. Exit code 1.
 
-    `rank` is the rank number (-1 where it is not known), `reason` its traceback or signal.
+    `rank` is the rank number (-1 if it is not known), `reason` its traceback or signal.
     """
 
     def __init__(self, rank: int, reason: str):
@@ -36,7 +36,7 @@ class RankError(RuntimeError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception of a library says, in one line: a heading ("Error(s) in ...:") with what follows it."""
+    """Return the text of a library's exception in one line: a heading ("Error(s) in ...:") with the line after it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     count = next((number for number, line in enumerate(lines, 1) if not line.endswith(":")), len(lines))
     return " ".join(lines[:count]) or type(error).__name__
@@ -76,7 +76,7 @@ def is_interrupt(error: BaseException) -> bool:
 
 
 def first_filled_line(text: str) -> str:
-    """Return the first line of a text with more than blanks in it; "" where there is none."""
+    """Return the first line of a text with more than blanks in it; "" if there is none."""
     return next((line.strip() for line in text.splitlines() if line.strip()), "")
 
 

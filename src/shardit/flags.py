@@ -44,7 +44,7 @@ class ParallelFlags(flag_class(DiffusionParallelConfig)):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFlags(flag_class(ModelOptions, unset=True)):
-    """How a model is loaded."""
+    """Flags for loading a model."""
 
     config: str | None = declare(
         None,
@@ -61,7 +61,7 @@ class ModelFlags(flag_class(ModelOptions, unset=True)):
 class InspectFlags(
     ParallelFlags, flag_class(ModelOptions, only=("variant",)), flag_class(SessionSpec, only=("dtype",))
 ):
-    """What `shardit inspect` was asked for."""
+    """Flags of `shardit inspect`."""
 
     name: str | None = declare(
         None,
@@ -72,7 +72,7 @@ class InspectFlags(
     json: bool = declare(False, "Print one JSON document.")
 
     def what(self) -> str:
-        """Return the model to look at. Raises InputError where none is given, or two are."""
+        """Return the model to look at. Raises InputError if none is given, or two are."""
         given = [value for value in (self.name, self.model) if value is not None]
         if len(given) != 1:
             raise InputError(f"name one model: a hub id, a folder, tiny/NAME, or one of {', '.join(shipped.names())}")
@@ -86,7 +86,7 @@ class GenerateFlags(
     flag_class(SessionSpec, only=("dtype", "attention_backend", "timeout_s")),
     flag_class(OmniDiffusionSamplingParams, unset=True),
 ):
-    """What `shardit generate` was asked for. None means the pipeline's own default."""
+    """Flags of `shardit generate`. None means the pipeline's own default."""
 
     model: str = declare("", MODEL)
     from_file: Path | None = declare(
@@ -104,7 +104,7 @@ class GenerateFlags(
     )
 
     def completed(self) -> GenerateFlags:
-        """Return these flags with what --from-file adds to them. Raises InputError where no model is named."""
+        """Return these flags with what --from-file adds to them. Raises InputError if no model is named."""
         if self.from_file is None:
             if not self.model:
                 raise InputError("--model is missing: name a hub id, a diffusers folder or tiny/NAME")
@@ -152,7 +152,7 @@ class GenerateFlags(
                 check_name("output", file)
 
     def check_file(self, takes: PipelineSignature) -> None:
-        """Raise InputError where --from-file names a file of another model that does not go with this one."""
+        """Raise InputError if --from-file names a file of another model that does not go with this one."""
         if self.from_file is not None:
             params = self.sampling_params()
             check_fits(self.from_file, self.config or self.model, [*params.given(), *params.extra_args], takes)
@@ -175,7 +175,7 @@ class GenerateFlags(
 
     @functools.cached_property
     def pictures(self) -> list[Image]:
-        """The files of --image, read. Raises InputError where one is missing or no picture."""
+        """The files of --image, read. Raises InputError if one is missing or no picture."""
         return [read_image(path) for path in self.image or ()]
 
     def sampling_params(self) -> OmniDiffusionSamplingParams:
@@ -196,7 +196,7 @@ class GenerateFlags(
 
     @functools.cached_property
     def filled_in(self) -> dict[str, Any]:
-        """What a tiny model runs with because no flag says otherwise; nothing for other models."""
+        """Return the defaults of a tiny model for flags that are not given; nothing for other models."""
         if not self.model.startswith("tiny/"):
             return {}
         from shardit.models import tiny
@@ -209,7 +209,7 @@ class GenerateFlags(
 
 
 def check_texts(flags: Any, *names: str) -> None:
-    """Raise InputError where one of these flags, as far as there are such, is no valid text."""
+    """Raise InputError if one of these flags, as far as there are such, is no valid text."""
     for name in names:
         if problem := text_problem(getattr(flags, name, None)):
             raise InputError(f"--{name.replace('_', '-')} must be {problem}; a terminal or file of another encoding?")
@@ -264,14 +264,14 @@ class LanguageFlags(
 
 @dataclass(frozen=True, kw_only=True)
 class ChatFlags(LanguageFlags):
-    """What `shardit chat` was asked for."""
+    """Flags of `shardit chat`."""
 
     system: str | None = declare(None, "System message, which begins the conversation.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompleteFlags(LanguageFlags):
-    """What `shardit complete` was asked for."""
+    """Flags of `shardit complete`."""
 
     prompt: list[str] | None = declare(None, "Text to continue. [default: standard input]")
     json: bool = declare(False, "Print one JSON document with texts, tokens and reasons.")

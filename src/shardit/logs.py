@@ -87,7 +87,7 @@ def take_over(log: Any, fields: Callable[[], Mapping[str, Any]] = dict) -> None:
 
 
 class _Lines:
-    """Writes each line in one piece, so that lines of several processes do not mix. Where nobody reads any more, or
+    """Writes each line in one piece, so that lines of several processes do not mix. If nobody reads any more, or
     the disk is full, the work goes on."""
 
     def msg(self, line: str) -> None:

@@ -25,7 +25,7 @@ class CFGParallelMixin:
     """Scheduler of diffusers that `scheduler_step` calls."""
 
     def predict_noise(self, **kwargs: Any) -> torch.Tensor:
-        """One call of the transformer; override it where the transformer is called in another way."""
+        """One call of the transformer; override it for another way of calling."""
         out = self.transformer(**kwargs)
         return out if isinstance(out, torch.Tensor) else out[0]
 
@@ -74,7 +74,7 @@ class CFGParallelMixin:
 class PipelineParallelMixin:
     """Stages: predictions are there when a scheduler sees them, which may not be made for tensors on the wire.
 
-    It stands before CFGParallelMixin, on which it builds; other bases raise TypeError where the class is made.
+    It stands before CFGParallelMixin, on which it builds; other bases raise TypeError when the class is made.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -30,7 +30,7 @@ def initialize_model_parallel(
     timeout_s: float = 600,
 ) -> None:
     """Make the groups of all axes. Collective over all ranks; starts the process group from the environment if there
-    is none. Raises InputError where the world size is not the product of the sizes, and if called twice."""
+    is none. Raises InputError if the world size is not the product of the sizes, and if called twice."""
     if _GROUPS:
         raise InputError("the parallel state is initialised already: call destroy_model_parallel() first")
     config = DiffusionParallelConfig(
@@ -88,7 +88,7 @@ def _group(name: str) -> GroupCoordinator:
 
 def get_device_mesh() -> DeviceMesh:
     """Return the axes of more than one rank as torch's DeviceMesh, over the same groups, for code that takes one
-    (DTensor, say). Raises InputError where there is one rank."""
+    (DTensor, say). Raises InputError if there is one rank."""
     _group("world")
     return _IN_USE[0].device_mesh()
 
@@ -164,7 +164,7 @@ def get_sp_world_size() -> int:
 
 
 def get_dp_rank() -> int:
-    """Which copy of the model this rank is part of."""
+    """Return the number of this rank's copy of the model."""
     return get_dp_group().rank_in_group
 
 
@@ -174,7 +174,7 @@ def get_dp_world_size() -> int:
 
 
 def get_classifier_free_guidance_rank() -> int:
-    """Which branch of guidance this rank runs."""
+    """Return the number of this rank's branch of guidance."""
     return get_cfg_group().rank_in_group
 
 

@@ -1,4 +1,4 @@
-"""What one generation is asked for: the arguments of diffusers' pipelines, checked when they are given."""
+"""Parameters of one generation: the arguments of diffusers' pipelines, with early checks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_SEED = 2**63 - 1
 one picture would have two seeds, and files and databases that store signed 64-bit numbers could not hold them."""
 
 RANDOM_SEED = -1
-"""As a seed: one is drawn, as where none is given."""
+"""As a seed: one is drawn, as without a seed."""
 
 # Small enough to type again and to survive any JSON reader.
 DRAWN_SEEDS = 2**32
@@ -162,7 +162,7 @@ class OmniDiffusionSamplingParams:
             check_declared(self)
 
     def given(self) -> dict[str, Any]:
-        """What was chosen: every field that is not None, without `extra_args`."""
+        """Return the chosen values: every field that is not None, without `extra_args`."""
         chosen = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "extra_args"}
         return {name: value for name, value in chosen.items() if value is not None}
 

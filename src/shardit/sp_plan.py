@@ -72,7 +72,7 @@ ModulePlan = (
     | SequenceParallelOutput
     | Sequence[SequenceParallelOutput | None]
 )
-"""What happens at one module. A parameter that is a list of tensors takes a list."""
+"""The split or gather at one module. A parameter that is a list of tensors takes a list."""
 
 SequencePlan = Mapping[str, ModulePlan]
-"""What `_sp_plan` is: what happens at which module."""
+"""The type of `_sp_plan`: plans by names of modules."""

@@ -27,8 +27,8 @@ _alone: list[Collectives] = []
 def sp_shard(x: torch.Tensor, dim: int) -> torch.Tensor:
     """Return this rank's part of `x` along `dim`: neighbouring tokens, in the order of the ranks.
 
-    Lengths need not divide: the first ranks have one token more. The same tensor where tokens are not sharded. `x` is
-    the same on all ranks. Raises InputError where `x` has no such dimension, UnsupportedError inside a model that
+    Lengths need not divide: the first ranks have one token more. The same tensor if tokens are not sharded. `x` is
+    the same on all ranks. Raises InputError if `x` has no such dimension, UnsupportedError inside a model that
     declares no plan.
     """
     how = _pass("sp_shard", x, dim)
@@ -44,9 +44,9 @@ def sp_shard(x: torch.Tensor, dim: int) -> torch.Tensor:
 def sp_gather(x: torch.Tensor, dim: int, total: int | None = None) -> torch.Tensor:
     """Return the shards of all ranks, one after the other along `dim`: undoes `sp_shard`. Collective.
 
-    Shards may have any lengths. The same tensor where tokens are not sharded. Inside a model they are learned once for
+    Shards may have any lengths. The same tensor if tokens are not sharded. Inside a model they are learned once for
     each shape. Outside of one they are exchanged at every call (8 bytes), unless `total` is given, the length of what
-    `sp_shard` split. Raises as `sp_shard` does, and InputError where `total` does not fit.
+    `sp_shard` split. Raises as `sp_shard` does, and InputError if `total` does not fit.
     """
     how = _pass("sp_gather", x, dim)
     if how is not None:

@@ -1,1 +1,1 @@
-"""What knows diffusers pipelines."""
+"""Diffusers pipelines."""

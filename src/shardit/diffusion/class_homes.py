@@ -1,4 +1,4 @@
-"""Where the classes of a pipeline's components live."""
+"""Modules that define the classes of a pipeline's components."""
 
 MODELS = "diffusers.models."
 """All models of diffusers, with what they are made of, such as attention processors."""

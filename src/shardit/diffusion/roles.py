@@ -12,10 +12,10 @@ from shardit.core.placement.roles import Roles
 from shardit.diffusion.class_homes import CUT_PACKAGES, ENCODERS, VAE_PACKAGE
 
 CUT_NAMES = ("transformer", "unet", "denoiser", "dit")
-"""How the names of components begin that denoise, where their classes are a user's own or a pipeline's own."""
+"""Prefixes of the names of denoising components whose classes belong to a user or a pipeline."""
 
 LIBRARIES = ("builtins.", "abc.", "typing.", "torch.", "transformers.", "diffusers.", "huggingface_hub.")
-"""Where the classes live that a component may have for bases and still be cut if it is no denoiser."""
+"""Modules of base classes with which a component may still be cut if it is no denoiser."""
 
 
 def denoises(name: str, module: nn.Module) -> bool:
@@ -49,14 +49,14 @@ def own_code(module: nn.Module) -> type | None:
 
 
 def branches(pipeline_class: type) -> int:
-    """Micro-batches that one request of a pipeline can have in flight: 2 where it takes a negative prompt (guidance in
+    """Micro-batches that one request of a pipeline can have in flight: 2 if it takes a negative prompt (guidance in
     two calls, or in one batched call that is split), else 1."""
     call = pipeline_class.forward if issubclass(pipeline_class, nn.Module) else pipeline_class.__call__
     return 2 if "negative_prompt" in inspect.signature(call).parameters else 1
 
 
 def left_whole(module: nn.Module) -> str | None:
-    """Why an encoder is not cut, whatever its size."""
+    """Return the reason not to cut an encoder of any size; None if there is none."""
     cls = own_code(module) if encodes(module) else None
     return f"{cls.__name__} has methods of its own, which may read any of its weights" if cls else None
 

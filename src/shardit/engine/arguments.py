@@ -14,7 +14,7 @@ R = TypeVar("R")
 
 
 def checked_arguments(callee: str, elsewhere: type | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Return a decorator of methods that raises InputError where Python would raise TypeError for the arguments.
+    """Return a decorator of methods that raises InputError if Python would raise TypeError for the arguments.
     elsewhere: a dataclass whose fields users may give to this method instead."""
 
     def decorate(method: Callable[P, R]) -> Callable[P, R]:

@@ -1,4 +1,4 @@
-"""What each rank would hold of a language model, without reading a weight."""
+"""The share of each rank in a language model, without reading weights."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class JoinedRanks:
 
 
 def check_world_size(wanted: int) -> None:
-    """Raise InputError where torchrun has started another number of ranks."""
+    """Raise InputError if torchrun has started another number of ranks."""
     world_size = int(os.environ["WORLD_SIZE"])
     if world_size != wanted:
         raise InputError(

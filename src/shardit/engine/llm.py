@@ -1,4 +1,4 @@
-"""`LLM`: causal language models, offline. Ranks are started by it, or joined where torchrun has started them."""
+"""`LLM`: causal language models, offline. Ranks are started by it, or joined if torchrun has started them."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class LLM:
     the most tokens of a prompt and its text together, None for what the model has room for.
     max_num_seqs: maximum prompts of a batch; there is a batch for each stage. max_num_batched_tokens: maximum tokens
     of one step for prompts, None for 64 on CPUs and 512 on GPUs; fewer delay running texts less. kv_cache_memory:
-    maximum bytes of keys and values on a rank, also as "2GiB", None for half of its free memory; where it is full, the
+    maximum bytes of keys and values on a rank, also as "2GiB", None for half of its free memory; if it is full, the
     youngest text gives up its cache and computes it again later. seed: text i of a call, if its prompt has no seed, has
     this one + i; None draws one for each. gpu_memory_utilization: if given, the share of a rank's memory into which its
     weights and the cache of one request of max_model_len tokens must fit. distributed_executor_backend: "mp" or None
@@ -82,7 +82,7 @@ class LLM:
     an equal share of the ranks. lora: adapters of peft that are merged into the weights, each a folder or hub id (with
     ":SCALE" at its end, if need be), (path, scale), or a list of these. device, timeout_s: as for `Omni`.
 
-    Returns when every rank has loaded its layers. Raises InputError for what can be corrected and RankError where a
+    Returns when every rank has loaded its layers. Raises InputError for what can be corrected and RankError if a
     rank fails.
     """
 
@@ -168,7 +168,7 @@ class LLM:
 
         A prompt is a text, {"prompt": text}, {"prompt_token_ids": ids} or ids. sampling_params: for all prompts, or one
         for each; None for `get_default_sampling_params`. use_tqdm: whether a terminal shows progress. Raises InputError
-        where a prompt is too long.
+        if a prompt is too long.
         """
         batch = self._batch(prompts, sampling_params)
         with contextlib.closing(TokenBar(len(batch.rows), shown=use_tqdm)) as bar:

@@ -186,7 +186,7 @@ def _may_hold_state(leaf: Any) -> bool:
 
 def _tokens(arguments: Sequence[Any]) -> tuple[int, ...]:
     """Return the numbers of rows and of tokens that a layer is given: the first dims of its hidden states, or the next
-    ones where several versions of these lie side by side, as other arguments show."""
+    ones if several versions of these lie side by side, as other arguments show."""
     hidden, *others = (tuple(one.shape) for one in arguments if isinstance(one, torch.Tensor))
     pairs = (hidden[:2], hidden[1:3]) if len(hidden) > 3 else (hidden[:2],)
     return next((pair for pair in pairs if any(other[:2] == pair for other in others)), hidden[:2])

@@ -31,7 +31,7 @@ _GENERATION = "generation_config.json"
 
 @dataclass(frozen=True)
 class _Numbers:
-    """What files state of a model; None if they do not, or other parts of the model may differ."""
+    """Data of a model from its files; None if they lack it, or other parts of the model may differ."""
 
     model: str
     positions: int | None = None

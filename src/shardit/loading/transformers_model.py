@@ -89,7 +89,7 @@ def _converts(module: Any) -> bool:
 
 
 def _generation_config(module: Any, checkpoint: Checkpoint) -> Any:
-    """Return the generation configuration in the folder of a model; None if it has none. Raises InputError where it is
+    """Return the generation configuration in the folder of a model; None if it has none. Raises InputError if it is
     damaged, which transformers would pass over, or fail on."""
     from transformers import GenerationConfig
 

@@ -1,1 +1,1 @@
-"""What shardit knows about model families and their folders."""
+"""Model families and their folders."""

@@ -15,7 +15,7 @@ CLASSES = ("Qwen2VLProcessor", "Qwen2_5_VLProcessor")
 
 
 def is_needed(class_name: str) -> bool:
-    """True where transformers cannot build this processor class itself (torchvision is missing)."""
+    """True if transformers cannot build this processor class itself (torchvision is missing)."""
     from transformers.utils.import_utils import is_torchvision_available
 
     return class_name in CLASSES and not is_torchvision_available()

@@ -18,7 +18,7 @@ from shardit.core.modules.hooks import from_outside
 from shardit.core.modules.snapshot import is_object
 
 PACKAGE = str(Path(__file__).parents[1])
-"""Where the code of this package lies."""
+"""Folder of this package."""
 
 
 def fingerprint(block: nn.Module, ignored: Callable[[type], Container[str]] = lambda cls: ()) -> str:

@@ -30,7 +30,7 @@ def switch(name: str, environ: Mapping[str, str], default: bool) -> bool:
 
 
 def threads_asked(environ: Mapping[str, str]) -> int | None:
-    """Return the threads of a rank that OMP_NUM_THREADS asks for; None where it is not set. Raises InputError."""
+    """Return the threads of a rank that OMP_NUM_THREADS asks for; None if it is not set. Raises InputError."""
     text = environ.get("OMP_NUM_THREADS", "").strip()
     wish = text.partition(",")[0].strip()  # further numbers are for nested regions
     if text and not (wish.isdecimal() and int(wish) > 0):

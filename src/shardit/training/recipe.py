@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one call of a loss is given."""
+    """Arguments of one call of a loss."""
 
     model: str
     """Name of the trained module that takes it, a key of `Recipe.models`."""
@@ -29,7 +29,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is trained, and on what.
+    """Models of a run, their data and their loss.
 
     All functions are pure: `micro_batches` depends on nothing but its arguments, the settings and the data. So a run
     resumes from the number of its step, any rank can tell what any replica is given, and a loss draws the same
@@ -50,8 +50,8 @@ class Recipe:
     steps_per_epoch: float
     """Optimizer steps of all replicas together in one pass over the data."""
     identity: Mapping[str, Any]
-    """What decides the micro-batches: digests of data and settings by name. A resumed run compares it, but sees to
-    accumulation and replicas itself: what counts is their product."""
+    """Digests by name of the data and settings that determine the micro-batches. A resumed run compares them, and
+    accumulation and replicas by their product."""
     save: Callable[[Mapping[str, Stages], Path], None]
     """save(stages by name, folder): write the result; collective."""
     held_out: Callable[[], list[MicroBatch]] | None = None
@@ -63,4 +63,4 @@ class Recipe:
     notes: tuple[str, ...] = ()
     """Lines for the user before the first step: buckets, what was left out, what is trained."""
     unit: str = "samples"
-    """What weights count: "samples" or "tokens"."""
+    """Unit of weights: "samples" or "tokens"."""

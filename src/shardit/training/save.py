@@ -58,7 +58,7 @@ def _is_adapter(name: str) -> bool:
 
 
 def _mixture(model: nn.Module) -> str | None:
-    """Say where a model trains other weights next to its adapter, which a file of the adapter would not have."""
+    """Return a warning if a model trains other weights next to its adapter, which its file would not have."""
     other = [name for name, p in model.named_parameters() if p.requires_grad and not _is_adapter(name)]
     if other:
         return f"{other[0]} is trained next to an adapter, whose file does not have it: freeze it, or train without one"

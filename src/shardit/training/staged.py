@@ -53,11 +53,11 @@ def stages(
 
     loss: loss(model, micro_batch) returns a tensor with one number. schedule: "gpipe", "1f1b", "interleaved",
     "interleaved-zb" or "zbv".
-    example: a micro-batch; needed where blocks run in another order than that of their registration, and `parameters`
+    example: a micro-batch; needed if blocks run in another order than that of their registration, and `parameters`
     is called before the first step. plan: overrides what is found in the model. timeout_s bounds every wait.
     parallel: fields of the configuration as keywords, in its place.
 
-    Raises InputError where something does not fit, UnsupportedError where it cannot be done right.
+    Raises InputError if something does not fit, UnsupportedError if it cannot be done right.
     """
     own = ("model", "loss", "config", "schedule", "example", "plan", "timeout_s")
     config = config_of(config, parallel, "stages", own)
@@ -168,7 +168,7 @@ class Stages:
 
         also: writes further files, such as those of a tokenizer, into the folder that it is given.
 
-        Raises InputError on all ranks where it cannot be written.
+        Raises InputError on all ranks if it cannot be written.
         """
         problem = None
         if self.mesh.coords["dp"] == 0:
@@ -238,7 +238,7 @@ def _data(planned: StepPlan) -> StepData:
 
 
 def _blocks_of(model: nn.Module, plan: Plan | None, stages: int) -> list[tuple[str, nn.Module]]:
-    """Return the blocks of a model. Raises UnsupportedError where several stages could not run them."""
+    """Return the blocks of a model. Raises UnsupportedError if several stages could not run them."""
     if stages == 1:
         return find_blocks(model, plan)
     unwrap_parts(model)
@@ -253,7 +253,7 @@ def _blocks_of(model: nn.Module, plan: Plan | None, stages: int) -> list[tuple[s
 
 
 def _compare_weights(model: nn.Module, mesh: Mesh) -> None:
-    """Raise InputError where ranks start from different weights."""
+    """Raise InputError if ranks start from different weights."""
     if mesh.world_size == 1:
         return
     mine = digests({**dict(model.named_parameters()), **dict(model.named_buffers())})

@@ -29,7 +29,7 @@ DRAWS = (
 )
 
 STATE = ("changes of ", "hooks of ", "adapters of ", "configuration of ", "number format of ")
-"""How the names begin of what is compared besides arguments: the state of the models."""
+"""First part of the names of compared values other than arguments: the state of the models."""
 
 KINDS = {
     "torch": "torch's global generator (torch.manual_seed)",
@@ -47,8 +47,8 @@ _DRAWING, _FAILED = short_hash(b"drawing"), short_hash(b"failed")
 
 
 class Caller(NamedTuple):
-    """Who makes a call in which all ranks take part. by_user: a user's own program, not a pipeline. compare: compares
-    what ranks give to the function of that name: at once if by_user, else at the end of the pipeline's call."""
+    """Caller of a collective call. by_user: a user's own program, not a pipeline. compare: compares
+    arguments of the ranks to the function of that name: at once if by_user, else at the end of the pipeline's call."""
 
     by_user: bool
     compare: Callable[[str, Mapping[str, Any]], None]

@@ -11,9 +11,9 @@ from shardit.core.runtime.yielding import yield_while_waiting
 
 
 class Collectives:
-    """What the ranks of one axis do together with shards. Every wait is bounded and ends in RankError.
+    """Collectives of the ranks of one axis on shards. Every wait is bounded and ends in RankError.
 
-    sent_bytes, messages: what this rank has sent to others, and in how many calls.
+    sent_bytes, messages: bytes that this rank has sent to others, and number of calls.
     """
 
     def __init__(self, group: GroupCoordinator):

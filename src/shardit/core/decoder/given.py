@@ -17,7 +17,7 @@ from shardit.core.decoder.stage_tensor import StageTensor
 
 @dataclass
 class Given:
-    """What a block is called with. Most blocks of a forward are given the same objects, but for the first argument.
+    """Arguments of a block call. Most blocks of a forward get the same objects, except for the first argument.
 
     structure: the number of what it has in common with calls whose results differ in sizes only. tensors: numbers of
     the leaves that are tensors. staged: those whose data some ranks have. first_alone: whether the first argument is
@@ -89,7 +89,7 @@ class Given:
         return leaves, args, kwargs
 
     def written(self, args: tuple[Any, ...], kwargs: dict[str, Any], before: list[dict[Any, Any]]) -> list[Any]:
-        """What a block has put into each of the mappings that it was given."""
+        """Return the entries that a block has added to each mapping among its arguments."""
         now = [value for value in (*args, *kwargs.values()) if isinstance(value, MutableMapping)]
         return [
             {name: value for name, value in one.items() if name not in old or value is not old[name]}

@@ -1,4 +1,4 @@
-"""What a block returns, known before it has run.
+"""Results of a block, known before it has run.
 
 Learned once for calls of a structure, with sizes read off the arguments of a call.
 """
@@ -20,7 +20,7 @@ Dim = int | tuple[int, int]
 """A length, or the number of an argument and that of its dim that is as long."""
 
 Looks = list[Look | None] | None
-"""What each leaf of a result that is a new tensor looks like, None for other leaves; None where several sizes are
+"""Shape and dtype of each leaf that is a new tensor, None for other leaves; None if several sizes are
 possible."""
 
 PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
@@ -49,7 +49,7 @@ class Returned:
     calls: int = 1
 
     def __reduce__(self) -> Any:
-        # A specification of pytree warns where it is unpickled: send an example of the result in its place.
+        # A specification of pytree warns when it is unpickled: send an example of the result in its place.
         example = tree_unflatten(list(range(len(self.leaves))), self.spec)
         return _returned_as, (example, self.leaves, self.writes, self.calls)
 
@@ -74,7 +74,7 @@ def _look(leaf: Leaf, size: Sequence[int]) -> Look:
 
 
 def structure(leaves: Sequence[Any], spec: Any) -> Any:
-    """What calls of a block have in common whose results differ in sizes only: plain values, dtypes, and the dims that
+    """Return the common part of block calls whose results differ only in sizes: plain values, dtypes, and the dims that
     are 1. Whole numbers above 1 count alike: lengths grow with every step."""
     found: list[Any] = [spec]
     for leaf in leaves:
@@ -88,7 +88,7 @@ def structure(leaves: Sequence[Any], spec: Any) -> Any:
 
 
 def describe(name: str, out: Any, arguments: Sequence[Any], writes: tuple[int, ...]) -> Returned:
-    """What a block has returned. Raises UnsupportedError for what other ranks cannot know before it has run."""
+    """Return the form of a block's result. Raises UnsupportedError if other ranks cannot know it before."""
     leaves, spec = tree_flatten(out)
     return Returned(spec, tuple(_leaf(name, leaf, arguments) for leaf in leaves), writes)
 
@@ -128,7 +128,7 @@ def without_gaps(out: Any, arguments: Sequence[Any]) -> Any:
 
 
 def narrowed(known: Returned, found: Returned) -> Returned:
-    """What two calls of a structure have in common. Raises ValueError if they are of different kinds."""
+    """Return the common part of two calls of a structure. Raises ValueError if they are of different kinds."""
 
     def kind(leaf: Leaf) -> Any:
         return leaf if leaf.dims is None else (leaf.dtype, leaf.order, len(leaf.dims))

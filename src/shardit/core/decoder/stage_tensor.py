@@ -47,7 +47,7 @@ class Memory:
 class StageTensor(torch.Tensor):
     """A tensor of which some ranks have the data.
 
-    data_here: the tensor itself where this rank has it, else None. copy_ranks: the ranks that have a copy of this
+    data_here: the tensor itself if this rank has it, else None. copy_ranks: the ranks that have a copy of this
     tensor without its storage; copy: the number of that copy, which views of it share.
     """
 
@@ -74,7 +74,7 @@ Look = tuple[torch.Size, tuple[int, ...], int, torch.dtype]
 
 
 def look_of(tensor: torch.Tensor) -> Look:
-    """What a tensor looks like without its data."""
+    """Return shape, strides, offset and dtype of a tensor."""
     return tensor.shape, tensor.stride(), int(tensor.storage_offset()), tensor.dtype
 
 
@@ -125,7 +125,7 @@ def materialized(tree: Any) -> Any:
 
 
 def mapped(function: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
-    """What a function makes of a tensor, with the same shape and dtype: it runs on the ranks that have the data."""
+    """Apply a function that keeps shape and dtype: it runs on the ranks that have the data."""
     if type(tensor) is not StageTensor:
         return function(tensor)
     data = None if tensor.data_here is None else function(tensor.data_here)
@@ -141,7 +141,7 @@ def held_as(like: StageTensor, made: torch.Tensor) -> StageTensor:
 
 @dataclass(frozen=True)
 class _Kind:
-    """What an operation does. writes: names and numbers of the arguments that it writes to; view: whether its result
+    """Effects of an operation. writes: names and numbers of the arguments that it writes to; view: whether its result
     shares memory with its first argument; without_data: whether only the shapes of its operands matter."""
 
     writes: tuple[int | str, ...]

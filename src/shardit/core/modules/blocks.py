@@ -64,7 +64,7 @@ def find_blocks(model: nn.Module, plan: Plan | None = None) -> list[tuple[str, n
         total = sum(p.numel() for p in model.parameters()) or 1
         chosen = [name for name, blocks in lists.items() if _numel(blocks) >= SMALL_SHARE * total]
         largest = max(lists, key=lambda name: _numel(lists[name]), default=None)
-        chosen = chosen or ([largest] if largest else [])  # where a vocabulary has nearly all parameters
+        chosen = chosen or ([largest] if largest else [])  # if a vocabulary has nearly all parameters
     once: dict[int, tuple[str, nn.Module]] = {}
     for name in chosen:
         for i, block in enumerate(lists[name]):
@@ -93,8 +93,8 @@ def _outermost_lists(module: nn.Module, prefix: str) -> Iterable[tuple[str, nn.M
 
 
 def is_block_list(module: nn.Module) -> bool:
-    """Return whether a module is a ModuleList of callable modules, each with parameters: where one is without (the
-    dropout in the list of a feed-forward), the list is a sequence of operations."""
+    """Return whether a module is a ModuleList of callable modules, each with parameters. A list
+    with a module without any (the dropout of a feed-forward) is a sequence of operations."""
     return isinstance(module, nn.ModuleList) and len(module) > 0 and all(_callable(block) for block in module)
 
 

@@ -8,7 +8,7 @@ from shardit.errors import UnsupportedError
 
 
 def check_heads(tp_size: int, class_name: str, most: int) -> None:
-    """Raise UnsupportedError where a model has attention of `most` heads, which are fewer than there are ranks."""
+    """Raise UnsupportedError if a model has attention of `most` heads, which are fewer than there are ranks."""
     if most < tp_size:
         raise UnsupportedError(
             f"tensor_parallel_size={tp_size} does not fit {class_name}: its attention has {most} heads "

@@ -1,4 +1,4 @@
-"""Which part of a tensor a rank holds where the tensor is cut over several."""
+"""The part of a tensor on a rank, if the tensor is cut over several."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Slice:
 
     @property
     def length(self) -> int:
-        """How long the slice is along `dim`."""
+        """Length of the slice along `dim`."""
         return sum(length for _, length in self.segments)
 
     def shape(self, full: Sequence[int]) -> tuple[int, ...]:
@@ -39,12 +39,12 @@ class Slice:
 
 
 Owned = Callable[[str], "bool | Slice"]
-"""What a rank holds of the tensor of that name: all, nothing, or a slice."""
+"""The part of a named tensor on a rank: all, nothing, or a slice."""
 
 
 @dataclass(frozen=True)
 class Shards:
-    """How a tensor is cut along `dim`, where it is `total` long: ranks[i] are the segments of rank i."""
+    """The cut of a tensor along `dim`, of length `total`: ranks[i] are the segments of rank i."""
 
     dim: int
     total: int
@@ -71,7 +71,7 @@ Parts = int | tuple[float, ...]
 
 def even(total: int, parts: Parts, dim: int = 0, unit: int = 1) -> Shards:
     """One run of dimension `dim` for each rank; runs begin at multiples of `unit`, and differ by one unit at most
-    (from what they were to be, where `parts` are sizes)."""
+    (from the given sizes, if `parts` are sizes)."""
     return shards(dim, total, [even_runs(total // unit, parts, unit)])
 
 
@@ -104,7 +104,7 @@ def shards(dim: int, total: int, runs: Sequence[Sequence[tuple[int, int]]]) -> S
 
 
 def one_behind_the_other(*cuts: Shards) -> Shards:
-    """How a tensor is cut of which these are parts, along their dimension."""
+    """Return the cut of the tensor that consists of these parts, along their dimension."""
     starts = list(accumulate((cut.total for cut in cuts), initial=0))
     ranks = [
         tuple((start + at, length) for start, cut in zip(starts, cuts, strict=False) for at, length in cut.ranks[rank])

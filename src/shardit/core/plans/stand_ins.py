@@ -53,7 +53,7 @@ def same_memory(site: Site, leaves: Sequence[Any], arguments: Sequence[Any]) -> 
 
 
 def check_kind(expected: Leaf, got: Any, what: str) -> None:
-    """Raise RuntimeError where a value is not of the kind that the plan expects."""
+    """Raise RuntimeError if a value is not of the kind that the plan expects."""
     if isinstance(got, torch.Tensor):
         same = expected.kind != "value" and (got.dtype, tuple(got.shape)) == (expected.dtype, expected.size)
         if not same or (expected.kind == "tensor" and what != "the result" and tuple(got.stride()) != expected.stride):

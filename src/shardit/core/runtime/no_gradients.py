@@ -1,4 +1,4 @@
-"""Calls that ranks compute without gradients: refused where gradients are asked for, noted where they are missing."""
+"""Calls that ranks compute without gradients: refused if gradients are requested, noted if they are missing."""
 
 from __future__ import annotations
 

@@ -172,7 +172,7 @@ def is_read_parameter(value: Any) -> bool:
 
 
 def refuse_new_parameter(func: Any, args: Any) -> None:
-    """Raise UnsupportedError where torch makes a new nn.Parameter of such a parameter (weight norm, for example)."""
+    """Raise UnsupportedError if torch makes a new nn.Parameter of such a parameter (weight norm, for example)."""
     if func is not _T.detach or not is_read_parameter(args[0]):
         return
     if sys._getframe(2).f_globals.get("__name__") == "torch.nn.parameter":

@@ -1,4 +1,4 @@
-"""What the request loop runs: calls in flight, and the requests that make them."""
+"""Calls in flight, and the requests that make them; the request loop runs both."""
 
 from __future__ import annotations
 

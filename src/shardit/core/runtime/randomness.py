@@ -35,7 +35,7 @@ def is_generator(value: Any) -> TypeGuard[Generator]:
 
 
 DEPTH = 3
-"""How deep in objects of other kinds generators are looked for."""
+"""Depth of the search for generators in objects of other kinds."""
 
 
 def generators_in(arguments: Any, depth: int = DEPTH) -> list[Generator]:

@@ -145,7 +145,7 @@ class Turns:
                 self.schedule.tick()
                 going = goes_on(len(active))
         finally:
-            for program in active:  # only where something ended all of them
+            for program in active:  # only if something ended all of them
                 if program.coroutine is not None:
                     program.coroutine.kill()
             self.current = self._installed = None

@@ -1,4 +1,4 @@
-"""What one call carries over its cuts: memory that a hop reads or fills, and the messages of hops."""
+"""Data that one call carries over its cuts: memory that a hop reads or fills, and the messages of hops."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ class Entry:
         """Compare from now on what ranks give to the model: in the first call of each pipeline call, and, of a model
         that is used alone, in the first call of each signature.
 
-        begin, end: called before and after a call where code of users may have run since the last one, or will
+        begin, end: called before and after a call if code of users may have run since the last one, or will
         (pipelines do so themselves); what `begin` returns of a model that is used alone is compared, too.
         """
         self._runtime, self._begin, self._end = runtime, begin, end

@@ -86,7 +86,7 @@ class FirstCalls:
         return out, local, deciding
 
     def end(self) -> None:
-        """At the end of a pipeline's call: warn where calls after the first ones have changed something."""
+        """At the end of a pipeline's call: warn if calls after the first ones have changed something."""
         left, self.left = self.left, None
         late = late_changes(left, state_of(self.cut.model)) if left is not None else []
         late = [name for name in late if name not in self.tables]
@@ -111,7 +111,7 @@ class FirstCalls:
     def _refuse_counters(
         self, before: State, forward: Callable[..., Any], call: FlatCall, out: Any, transient: TransientChanges
     ) -> None:
-        """Raise UnsupportedError where the model keeps something that changes from call to call: the ranks make other
+        """Raise UnsupportedError if the model keeps something that changes from call to call: the ranks make other
         calls each. What one call sets and the next leaves alike (a table, say) is harmless, and so is what hooks count
         or collect without reading it: that is NaN in a second call, which must give the same. So are tables."""
         comm, after = self.runtime.comm, self._state(call)
@@ -167,7 +167,7 @@ class FirstCalls:
         return unset if same_bits(out, again) else [*anew]
 
     def _state(self, call: FlatCall) -> State:
-        """What the model keeps, and objects that it is given."""
+        """Return the state of the model, and of the objects among its arguments."""
         return state_of(self.cut.model, [leaf for leaf in call.leaves if not isinstance(leaf, torch.Tensor)])
 
     def _self_check(
@@ -196,7 +196,7 @@ class FirstCalls:
 
 
 def refuse_draws(name: str, sizes: Mapping[str, int], before: States, first: States, after: States) -> None:
-    """Raise UnsupportedError where a forward draws random numbers that other ranks do not: they run other branches,
+    """Raise UnsupportedError if a forward draws random numbers that other ranks do not: they run other branches,
     or leave the forward after their last block. `first`: the generators at the first block call."""
     if sizes["cfg"] > 1 and moved(before, after):
         axis, why = "cfg", "each guidance rank runs other branches"
@@ -211,7 +211,7 @@ def refuse_draws(name: str, sizes: Mapping[str, int], before: States, first: Sta
 
 
 def refuse_counters(name: str, found: list[list[str]]) -> None:
-    """Raise UnsupportedError where a call changes something each time that later calls depend on. found: the names that
+    """Raise UnsupportedError if a call changes something each time that later calls depend on. found: the names that
     each rank found."""
     names = [one for of_rank in found for one in of_rank]
     if names:
@@ -222,7 +222,7 @@ def refuse_counters(name: str, found: list[list[str]]) -> None:
 
 
 VALUES = (torch.Tensor, str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, enum.Enum)
-"""What a result may consist of: a later call returns the values of the first one, and the tensors of its own."""
+"""Allowed types in a result: a later call returns the values of the first one, and its own tensors."""
 
 
 def object_in(out: Any) -> str | None:
@@ -232,7 +232,7 @@ def object_in(out: Any) -> str | None:
 
 
 def refuse_objects(name: str, out: Any) -> None:
-    """Raise UnsupportedError where a forward returns an object: each rank would fill a part of one of its own."""
+    """Raise UnsupportedError if a forward returns an object: each rank would fill a part of one of its own."""
     found = object_in(out)
     if found is not None:
         raise UnsupportedError(

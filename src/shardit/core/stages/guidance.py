@@ -31,7 +31,7 @@ class RemoteCall:
         self._result = Result(plan.result, route.comm.group.device, self._materialize)
 
     def result(self) -> Any:
-        """What forward returns, with pending tensors."""
+        """Result of forward, with pending tensors."""
         return self._result.tree()
 
     def _materialize(self) -> None:
@@ -72,7 +72,7 @@ class Step:
 class GuidanceScheduler:
     """Deals calls to the replicas of the guidance axis, in turn; the same on every rank.
 
-    A step ends where its program first waits for a result: the calls before that are its branches.
+    A step ends when its program first waits for a result: the calls before that are its branches.
     """
 
     size: int
@@ -89,7 +89,7 @@ class GuidanceScheduler:
         """Return the number of pieces for a call of `samples` samples, so that every replica has work (1 in the first
         step).
 
-        Raises InputError where there are more replicas than pieces of work.
+        Raises InputError if there are more replicas than pieces of work.
         """
         step = self._step(program)
         step.calls += 1

@@ -57,7 +57,7 @@ class OverlappedCall:
         self._coroutine = Coroutine(self._run)
 
     def result(self) -> Any:
-        """What forward returns, with pending tensors."""
+        """Result of forward, with pending tensors."""
         return self._result.tree()
 
     def begin(self) -> None:

@@ -18,7 +18,7 @@ from shardit.core.runtime.pending import Source
 
 @dataclass(frozen=True)
 class Route:
-    """How results travel: `comm` joins all ranks of a replica of the data axis, and `members[c][s]` is the member that
+    """Route of results: `comm` joins all ranks of a replica of the data axis, and `members[c][s]` is the member that
     has stage s of guidance replica c, at this rank's own place on every other axis."""
 
     comm: Comm
@@ -45,7 +45,7 @@ class Route:
 
 
 class Result:
-    """What a call returns. The buffer is filled by the call or received, at the latest when `materialize` returns."""
+    """Result of a call. The call fills or receives its buffer before `materialize` returns."""
 
     def __init__(self, plan: ResultPlan, device: torch.device, materialize: Callable[[], None]):
         self.plan = plan

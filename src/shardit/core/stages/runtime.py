@@ -108,7 +108,7 @@ class Runtime:
         return self.agreement.defer(name, failure)
 
     def wait_for(self, flight: Flight) -> None:
-        """Return when `flight` is virtually done. Where code of users has run since it began, models are looked at: a
+        """Return when `flight` is virtually done. If code of users has run since it began, models are inspected: a
         change is for later calls."""
         watched = self.models if self.watches and not flight.finished else ()
         for look, _ in watched:

@@ -62,7 +62,7 @@ class StagedCall:
     # What the caller of the model gets.
 
     def result(self) -> Any:
-        """What forward returns, with pending tensors over the memory that the last stage fills."""
+        """Result of forward, with pending tensors over the memory that the last stage fills."""
         return self._result.tree()
 
     def materialize(self) -> None:

@@ -113,8 +113,8 @@ class Stages:
         self._attentions = None
 
     def _code(self) -> Any:
-        """What of the model decides how it computes, besides its arguments: pipelines exchange attention processors in
-        the middle of a call."""
+        """Return the parts of the model that affect a call. Pipelines exchange attention processors in the middle of a
+        call."""
         if self._attentions is None:
             self._attentions = [own for module in self.cut.model.modules() if PROCESSOR in (own := vars(module))]
         return self.cut.model.training, tuple(type(own.get(PROCESSOR)) for own in self._attentions)

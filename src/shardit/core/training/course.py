@@ -1,4 +1,4 @@
-"""What the stages know of the losses of one signature: block calls, segments, and the tensors that cross each cut."""
+"""Knowledge of the stages about losses of one signature: block calls, segments, tensors that cross each cut."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ class CutLoss:
     def state(self) -> Any:
         """Return the state of the model and of torch on which a course depends, the same on every stage."""
         model = self.cut.model
-        every = model.named_parameters(remove_duplicate=False)  # tied ones are apart where a stage has none of them
+        every = model.named_parameters(remove_duplicate=False)  # tied ones are apart if a stage has none of them
         return bytes(m.training for m in model.modules()), bytes(p.requires_grad for _, p in every), modes()
 
     def _watch(self, batch: Any, seed: int, call: FlatCall) -> tuple[Course, set[int]]:

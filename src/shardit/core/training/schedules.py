@@ -160,7 +160,7 @@ class Schedules:
 
 
 def check_owners(owners: tuple[int, ...], stages: int, kind: str, names: list[str]) -> None:
-    """Raise UnsupportedError where blocks do not run in an order that torch's schedules take: stage after stage."""
+    """Raise UnsupportedError if blocks do not run in an order that torch's schedules take: stage after stage."""
     wrong = len(owners) != 2 * stages if kind == "zbv" else len(owners) % stages
     if wrong or owners != tuple(owner_of_chunk(n, stages, kind) for n in range(len(owners))):
         raise UnsupportedError(

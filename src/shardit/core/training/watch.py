@@ -32,7 +32,7 @@ class LossTrace(Trace):
         self.decided.append((len(self.sites), what))
 
     def refuse_decisions(self) -> None:
-        """Raise UnsupportedError where code between blocks depends on values that one stage alone has."""
+        """Raise UnsupportedError if code between blocks depends on values that one stage alone has."""
         for after, what in self.decided:
             if after < len(self.sites):
                 super().reads_on_host(what)
@@ -71,7 +71,7 @@ class WatchedLoss(TracedCall):
         return out
 
     def _refuse_late_updates(self) -> None:
-        """Raise UnsupportedError where code after the first block updates a buffer, which stages without the data of
+        """Raise UnsupportedError if code after the first block updates a buffer, which stages without the data of
         blocks would do otherwise."""
         for buffer in updated(self._buffers):
             raise UnsupportedError(
@@ -107,7 +107,7 @@ class WatchedLoss(TracedCall):
         self.drawing.append(index)
 
     def _refuse_draws_between(self, index: int) -> None:
-        """Raise UnsupportedError where code between blocks has drawn: a stage that does not run the blocks before has
+        """Raise UnsupportedError if code between blocks has drawn: a stage that does not run the blocks before has
         other states of the generators there."""
         if self._states and any_moved(self._states, torch_states(self.comm.group.device)):
             raise UnsupportedError(

@@ -29,7 +29,7 @@ class Output:
     """The result of one request."""
 
     prompt: str | None
-    """The prompt, None where embeddings were given."""
+    """The prompt; None if embeddings were given."""
     seed: int
     """The seed that was used, given or drawn."""
     images: Sequence[Image] = ()
@@ -50,7 +50,7 @@ class Output:
     """All other fields of the pipeline's result by name: tensors, arrays, numbers, pictures, and lists and dicts of
     these."""
     error: str | None = None
-    """Why there is no result, in one line; None if there is one."""
+    """Reason of a missing result, in one line; None if there is a result."""
     seconds: float = 0.0
     """Wall time of the request, in seconds."""
     peak_bytes: Sequence[int] = ()

@@ -34,7 +34,7 @@ LONGEST_SIDES = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383, ".mp4": 16384}
 """Largest width and height that the encoder of a format takes."""
 
 PACKAGES = {".mp4": ("av",)}
-"""Packages that write a format, where it is not one that every result needs."""
+"""Packages that write a format, except those that every result needs."""
 
 _NO_SIZE = (None, None)
 

@@ -74,7 +74,7 @@ def _tuple(name: str, value: Any, length: int) -> tuple[Any, ...]:
 _OF_ADAPTER = ("ip_adapter_masks", "ip_hidden_states")
 _TENSORS = (*_OF_ADAPTER, "attention_mask")
 ATTENTION_NAMES = ("scale", "gligen", *_TENSORS)
-"""What the models and attention processors of diffusers read from `attention_kwargs`; most ignore any other name."""
+"""Names that models and attention processors of diffusers read from `attention_kwargs`; most ignore any other name."""
 
 
 def check_attention(name: str, value: Any, adapted: bool) -> None:

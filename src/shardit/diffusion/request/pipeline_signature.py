@@ -71,7 +71,7 @@ class PipelineSignature:
     number_keys: tuple[str, ...] = ()
     """Arguments that are dicts with whole numbers as keys, by their defaults; JSON has texts as keys only."""
     forms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Forms of values that arguments take, where their annotations have no others (`forms_of`)."""
+    """Forms of values that arguments take, if their annotations have no others (`forms_of`)."""
     native_fps: float | None = None
     """Frames per second that the checkpoint was trained for, if its configuration has them."""
     multiples: Mapping[str, int] = field(default_factory=dict)

@@ -7,10 +7,10 @@ from typing import Any
 
 _SCALES = ("true_cfg_scale", "guidance_scale")
 _OF_GUIDANCE = ("guidance_scale_2", "guidance_rescale", "cfg_", "skip_layer_guidance", "skip_guidance_layers")
-"""How the names of arguments begin that change guidance, and so do nothing without it."""
+"""Prefixes of the names of arguments that have no effect without guidance."""
 
 _NEEDS = {"skip_layer_guidance_": "skip_guidance_layers", "cfg_renorm_": "enable_cfg_renorm"}
-"""How the names of arguments begin that do nothing unless another one is set."""
+"""Prefixes of the names of arguments that have no effect unless another one is set."""
 
 
 def _guided(arguments: Mapping[str, Any], names: Mapping[str, Any], pipe: Any) -> bool | None:

@@ -31,7 +31,7 @@ class RayPlacement:
     """See `Placement`. Each start has new actors: those of the previous start may hang.
 
     num_nodes: number of machines, each with an equal share of the ranks. option: what the user gave to have Ray, for
-    the error where it is not installed.
+    the error if it is not installed.
     """
 
     def __init__(self, num_nodes: int, option: str):

@@ -8,7 +8,7 @@ import sys
 
 
 def has_gpu_driver() -> bool:
-    """Return False where torch can have no cuda device: Linux without CUDA's driver library, which torch opens by the
+    """Return False if torch can have no cuda device: Linux without CUDA's driver library, which torch opens by the
     same name, and without the device file of AMD's driver."""
     if sys.platform != "linux" or os.path.exists("/dev/kfd"):
         return True

@@ -1,4 +1,4 @@
-"""How many commands take effect in each round: the only thing on which the ranks of a replica have to agree."""
+"""Number of commands that take effect in each round, the only value on which the ranks of a replica must agree."""
 
 from __future__ import annotations
 

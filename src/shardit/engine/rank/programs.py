@@ -67,7 +67,7 @@ class Programs:
         def report(_: int, step: int, total: int, made: Any = None) -> None:
             self.outcomes.progress(key, step, total, made)
             if self._can_cancel:  # other requests wait for an answer, and this one may be cancelled
-                # Where commands count a round later, a step in one turn (a first call) ends only in the round after.
+                # If commands count a round later, a step in one turn (a first call) ends only in the round after.
                 self.session.turns.yield_turn(2 if self._ahead else 1)
 
         return report

@@ -120,7 +120,7 @@ class LoadedDecoder:
     def collect(
         self, request: PromptGroup, value: tuple[Any, float, list[str]] | None, error: str | None
     ) -> GroupOutput:
-        """What a group has given."""
+        """Return the output of a group."""
         if value is None:
             return GroupOutput(error=error)
         output, seconds, _ = value

@@ -116,7 +116,7 @@ class LoadedPipeline:
         pipe = self._own_pipeline(request, on_progress, cut.append)
         takes, arguments = inspect.signature(type(pipe).__call__).parameters, request.call_arguments()
         seeded = {"generator": torch.Generator("cpu").manual_seed(request.seed)} if "generator" in takes else {}
-        note_nan = numpy.errstate(invalid="call", call=lambda *_: odd.append(NOT_NUMBERS))  # where pictures are made
+        note_nan = numpy.errstate(invalid="call", call=lambda *_: odd.append(NOT_NUMBERS))  # when images are made
         with warnings_of("diffusers", has_turn) as warned, processors_put_back(pipe), note_nan:
             yield functools.partial(pipe, **arguments, **seeded), notes
         notes += [*warned.lines, *dict.fromkeys(odd), *picture_notes(arguments), *ineffective(arguments, takes, pipe)]

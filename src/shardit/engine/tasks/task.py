@@ -71,7 +71,7 @@ class Model(Protocol):
     """A loaded model with this rank's share of the weights.
 
     runtime: runs calls of the model together with other ranks; None with one rank. info: for the user's process.
-    batcher: runs its requests in shared batches; None where each request is a program of its own, by `opened`.
+    batcher: runs its requests in shared batches; None if each request is a program of its own, by `opened`.
     """
 
     runtime: Runtime | None

@@ -87,7 +87,7 @@ def kept_columns(layer: Any, columns: int) -> int:
 
 
 def _aligned(keys: torch.Tensor, count: int, dim: int = 2) -> torch.Tensor:
-    """Return the last `count` columns, which are along `dim`, with zeros on the left where there are fewer."""
+    """Return the last `count` columns, which are along `dim`, with zeros on the left if there are fewer."""
     missing = count - keys.shape[dim]
     if missing < 0:
         return keys.narrow(dim, -missing, count)

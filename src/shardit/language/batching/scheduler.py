@@ -63,7 +63,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Round:
-    """What a group computes next. keep: indices of the rows that stay, None for all. columns: of the cache with these
+    """Next step of a group. keep: indices of the rows that stay, None for all. columns: of the cache with these
     rows. decode: whether its rows get one more token each. chunk: of the sequences that are about to join."""
 
     keep: tuple[int, ...] | None
@@ -95,7 +95,7 @@ class Group:
 
 
 class Scheduler:
-    """row_bytes: returns the bytes of the cache of a row with a number of columns, on the rank where it is largest.
+    """row_bytes: returns the bytes of the cache of a row with a number of columns, on the rank with the largest.
     known: returns how many tokens of a sequence need not be computed, because their keys are kept elsewhere.
     """
 

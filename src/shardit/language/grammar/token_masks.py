@@ -54,7 +54,7 @@ class TokenMask:
 
 class TokenMasks:
     """Makes the masks of texts. tokenizer: of the model. ends: the end tokens of the model, which a grammar allows
-    where a text may be complete."""
+    if a text may be complete."""
 
     def __init__(self, tokenizer: Any, ends: frozenset[int]):
         self._tokenizer, self._ends = tokenizer, sorted(ends)

@@ -122,7 +122,7 @@ def read_values(path: Path) -> dict[str, Any]:
 
 
 def check_magic(path: Path) -> None:
-    """Raise InputError where a file is no GGUF file by its first bytes."""
+    """Raise InputError if a file is no GGUF file by its first bytes."""
     try:
         with open(path, "rb") as file:
             begin = file.read(4)
@@ -133,6 +133,6 @@ def check_magic(path: Path) -> None:
 
 
 def check_package(path: Path) -> None:
-    """Raise InputError where the package that reads GGUF files is missing."""
+    """Raise InputError if the package that reads GGUF files is missing."""
     if importlib.util.find_spec("gguf") is None:
         raise InputError(f"{path} needs the package gguf: pip install gguf")

@@ -103,7 +103,7 @@ def _add(model: Any, adapter: Adapter, module: str, owned: Owned, shapes: Shapes
     if held.is_meta or not part:
         return
     first, second = (read_tensor(adapter.file, adapter.header.entries[key]) for key in adapter.pairs[module])
-    # peft has the matrices in float32 where the file has halves.
+    # peft has the matrices in float32 even if the file has halves.
     first, second = (one.to(held.device, torch.promote_types(one.dtype, torch.float32)) for one in (first, second))
     change = second @ first
     change = change.T if _is_transposed(model.get_submodule(module)) else change

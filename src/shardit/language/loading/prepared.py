@@ -52,7 +52,7 @@ def class_of(source: DecoderSource, generates: bool = True) -> type:
 
 
 def _check_other(source: DecoderSource, named: str, generates: bool) -> None:
-    """Raise InputError for a class that is no language model, where one is needed, and for encoder and decoder."""
+    """Raise InputError for a class that is no language model, if one is needed, and for encoder and decoder."""
     if read_config(source.folder).get("is_encoder_decoder"):
         raise InputError(
             f"{source.folder} holds {named}, an encoder and a decoder, which only parallelize takes: load it with "

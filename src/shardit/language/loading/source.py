@@ -72,7 +72,7 @@ class DecoderSource:
 
 
 def read_config(folder: Path, name: str = CONFIG) -> dict[str, Any]:
-    """Return the content of config.json, or of another such file. Raises InputError where it is damaged."""
+    """Return the content of config.json, or of another such file. Raises InputError if it is damaged."""
     try:
         found = json.loads((folder / name).read_text("utf-8"))
     except (OSError, ValueError) as error:
@@ -106,7 +106,7 @@ def is_component(folder: Path) -> bool:
 
 
 def check_readable(source: DecoderSource) -> DecoderSource:
-    """Return the same files. Raises InputError where a GGUF file is none, or the package that reads it is missing."""
+    """Return the same files. Raises InputError if a GGUF file is none, or the package that reads it is missing."""
     if source.gguf is not None:
         check_magic(source.folder / source.gguf)
         check_package(source.folder / source.gguf)

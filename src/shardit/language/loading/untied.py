@@ -18,7 +18,7 @@ CHUNK = 1 << 24
 def untie(module: Any, checkpoint: Checkpoint) -> None:
     """Give a model on meta separate parameters for tied names under which the files have different tensors, in place.
 
-    Reads the tensors of these names where the files have several of them, which is rare.
+    Reads the tensors of these names if the files have several of them, which is rare.
     """
     for names in tied_names(module):
         stored = [name for name in names if name in checkpoint.files]

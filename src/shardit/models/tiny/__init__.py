@@ -65,8 +65,8 @@ def defaults(name: str) -> dict[str, Any]:
 
 
 def filled_in(name: str, given: Collection[str]) -> dict[str, Any]:
-    """What a tiny model runs with because it is not among the names in `given`. Noise levels and time steps that are
-    given say how many steps there are. A trained model has a guidance scale of its own."""
+    """Return the defaults of a tiny model for names that are not in `given`. Given noise levels and time steps
+    determine the number of steps. A trained model has its own guidance scale."""
     from shardit.models.tiny.recipes.catalog import recipe
 
     call, trained = defaults(name), recipe(name).weights is not None
@@ -76,14 +76,14 @@ def filled_in(name: str, given: Collection[str]) -> dict[str, Any]:
 
 
 def example_prompt(name: str) -> str:
-    """Return a prompt that the model understands; "" where its weights are made up."""
+    """Return a prompt that the model understands; "" if its weights are made up."""
     from shardit.models.tiny.recipes.catalog import recipe
 
     return recipe(name).prompt
 
 
 def images(name: str) -> int:
-    """How many input images the pipeline needs."""
+    """Return the number of input images that the pipeline needs."""
     from shardit.models.tiny.recipes.catalog import recipe
 
     return recipe(name).images

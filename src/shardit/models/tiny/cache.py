@@ -23,7 +23,7 @@ def cache_root() -> Path:
 
 
 def cached_folder(name: str) -> Path:
-    """Return the folder of a tiny model in the cache, written first where it is missing."""
+    """Return the folder of a tiny model in the cache, written first if it is missing."""
     from shardit.models.tiny import write
 
     if (there := written_folder(name)) is not None:
@@ -41,7 +41,7 @@ def cached_folder(name: str) -> Path:
 
 
 def written_folder(name: str) -> Path | None:
-    """Return the folder of a tiny model in the cache, None where it is still to be written."""
+    """Return the folder of a tiny model in the cache, None if it is still to be written."""
     folder = _folder(name)
     return folder if (folder / "model_index.json").is_file() else None
 
@@ -51,7 +51,7 @@ def _folder(name: str) -> Path:
 
 
 def check_cache(name: str) -> None:
-    """Raise InputError where a tiny model has to be written and the cache has no place for it."""
+    """Raise InputError if a tiny model has to be written and the cache has no place for it."""
     folder = cache_root() / "tiny"
     try:
         if not any(folder.glob(f"{name}-*")):

@@ -17,7 +17,7 @@ from shardit.parallel.tensor import rules as rules
 @dataclass(frozen=True)
 class Heads:
     """Query heads, key (and value) heads, and the channels of one head. replicates: whether ranks may have copies of
-    key heads where there are fewer key heads than ranks. gates: 2 where each query comes with a gate, else 1."""
+    key heads if there are fewer key heads than ranks. gates: 2 if each query comes with a gate, else 1."""
 
     queries: int
     keys: int

@@ -167,7 +167,7 @@ class Cutter:
         return self.left_whole(name, f"{number} heads cannot be dealt to {self.size} ranks")
 
     def check_borrowers(self) -> None:
-        """Raise UnsupportedError if some layers are cut and others are whole where layers use keys of each other."""
+        """Raise UnsupportedError if some layers are cut and others whole in a model whose layers share keys."""
         kinds = {type(self.model.get_submodule(name)) for name in self.plan.borrowers}
         alike = [name for name, module in self.model.named_modules() if type(module) in kinds]
         whole = [name for name in alike if name in self.whole]

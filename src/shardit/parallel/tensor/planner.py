@@ -41,7 +41,7 @@ from shardit.parallel.tensor.rules import Family
 from shardit.parallel.tensor.states import channel_states, delta_states, experts, head_states
 
 Noted = TypeVar("Noted")
-"""What a table of a `Family` says of a class."""
+"""Entry of a table of a `Family` for a class."""
 
 
 def plan_tensors(

@@ -20,7 +20,7 @@ class Attention:
     head. head_vectors: parameters with an entry for each head. head_gates: linears with an output for each head.
     second: queries and output of a second sequence; without the output, its heads are gathered. full_input: parts that
     read the input before the heads, and so are kept. gated: the first query linear may give each head a gate after its
-    query. borrows: an attribute that is true where keys and values are those of another layer, which is cut alike. Any
+    query. borrows: an attribute that is true if keys and values are those of another layer, which is cut alike. Any
     other part with parameters makes the module unknown: it is left whole unless a trial shows how to cut it.
     """
 
@@ -296,7 +296,7 @@ class Family:
 
     attentions, feed_forwards, fused_attentions, latent_attentions, parallel_blocks, experts, channel_states,
     head_states, delta_states: rules that hold for its classes. gathered: patterns of names besides `GATHERED`.
-    replicates_keys: whether ranks may have copies of key heads where there are fewer key heads than ranks. tries:
+    replicates_keys: whether ranks may have copies of key heads if there are fewer key heads than ranks. tries:
     whether modules that no rule names are cut as a trial shows, and further linears gathered. kept_attentions: models
     whose attention is left whole because other code of theirs relies on all heads, with the reason; kept_processors:
     the same for classes of attention processors. head_tables: by model, arguments of its attentions with tables that

@@ -89,7 +89,7 @@ def _slices(model: nn.Module, inside: str, plan: TensorPlan, rank: int) -> Itera
             continue
         for holder, key in ((getattr(module, "base_layer", module), leaf), *_of_adapters(module, leaf, cut)):
             found = holder._parameters.get(key, holder._buffers.get(key))
-            # A rank may have all, where others have copies of a part.
+            # A rank may have all, while others have copies of a part.
             if found is not None and found.shape[cut.dim] == cut.lengths[rank] and not cut.everywhere:
                 yield holder, key, cut
 

@@ -14,7 +14,7 @@ from shardit.core.runtime.storages import Storages, tensors_of, written
 
 
 class Untileable(Exception):
-    """Why the tiles of a VAE call cannot be dealt to ranks: "its decoder draws random numbers"."""
+    """Reason for not distributing the tiles of a VAE call: "its decoder draws random numbers"."""
 
 
 class Watch(TorchDispatchMode):

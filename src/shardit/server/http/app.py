@@ -85,7 +85,7 @@ def create_app(options: ServeOptions, store: Store, live_state: LiveState) -> Fa
 
 
 async def _known_query(request: Request) -> None:
-    """Raise ApiError where the address has a query parameter that its route does not take."""
+    """Raise ApiError if the address has a query parameter that its route does not take."""
     route = request.scope["route"]
     if not isinstance(route, APIRoute) or not route.include_in_schema:  # the page
         return

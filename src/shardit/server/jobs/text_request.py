@@ -62,7 +62,7 @@ def results_of(facts: Mapping[str, Any]) -> list[RowResult]:
 
 
 def prompt_logprobs_of(facts: Mapping[str, Any]) -> list[list[dict[int, float]] | None]:
-    """Return for each row the log probabilities of the tokens of its prompt from the second on, None where there are
+    """Return for each row the log probabilities of the tokens of its prompt from the second on, None if there are
     none."""
     found = facts.get("prompt_logprobs") or [None] * len(facts["rows"])
     return [None if values is None else [_by_number(one) for one in values] for values in found]

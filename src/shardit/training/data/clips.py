@@ -86,7 +86,7 @@ def _count(times: list[float], rate: float, fps: float | None) -> int:
 
 
 def _at_rate(frames: Iterator[VideoFrame], rate: float, fps: float | None) -> Iterator[tuple[VideoFrame, int]]:
-    """Yield frames with the number of times that each is shown at `fps`, where that is not 0."""
+    """Yield frames with the number of times that each is shown at `fps`, if that is not 0."""
     if fps is None:
         yield from ((frame, 1) for frame in frames)
         return
@@ -127,7 +127,7 @@ def _packet_times(container: InputContainer, stream: VideoStream, reading: Readi
 
 
 def _rate(stream: VideoStream) -> float:
-    """Return the frames per second that a container states; 25 where it states none."""
+    """Return the frames per second that a container states; 25 if it states none."""
     return float(stream.average_rate or stream.guessed_rate or 25)
 
 

@@ -37,7 +37,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a run trains on, or looks at for validation."""
+    """Samples of a run, for training or validation."""
 
     samples: tuple[Sample, ...]
     """In the order of their names; `Draw.item` counts among them."""

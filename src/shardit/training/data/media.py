@@ -32,7 +32,7 @@ _BREAKING = ("Cc", "Zl", "Zp")
 
 @dataclass(frozen=True)
 class Reading:
-    """How media are read."""
+    """Settings for reading media."""
 
     frames: int = 1
     """The most frames of a clip that are asked for."""
@@ -52,7 +52,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Extent:
-    """How large something is, upright and with square pixels."""
+    """Size of a medium, upright and with square pixels."""
 
     width: int
     """0 for what is drawn at any size."""

@@ -24,7 +24,7 @@ class Draw:
     epoch: int
     """The pass over the data, from 0."""
     repeat: int
-    """Which of the repeats of an epoch, from 0."""
+    """Number of the repeat within an epoch, from 0."""
     seed: int
     """For its noise and timestep: another in each epoch and repeat, from 0 to 2**63 - 1."""
     drop_caption: bool

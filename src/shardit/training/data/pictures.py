@@ -34,7 +34,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What makes a picture upright, by the value of that tag."""
+"""Operation that makes an image upright, by the value of that tag."""
 
 _SCALES: dict[Any, Callable[[int], int]] = {
     "L;2": lambda value: value * 85,
@@ -89,7 +89,7 @@ def plain(picture: Image.Image, background: str) -> Image.Image:
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
-    """Return a picture with 8 bits, also where a grey of 16 bits is declared as transparent."""
+    """Return a picture with 8 bits, also if a grey of 16 bits is declared as transparent."""
     key = picture.info.get("transparency")
     narrow = to_eight_bits(picture)
     if isinstance(key, int) and picture.mode.startswith("I"):
@@ -126,7 +126,7 @@ def orientation(picture: Image.Image) -> tuple[int, tuple[str, ...]]:
 
 
 def _lists_tags(exif: bytes) -> bool:
-    """Return whether EXIF data are more than an empty list of tags, which programs write where there are none."""
+    """Return whether EXIF data are more than an empty list of tags, which programs write without any."""
     content = exif.removeprefix(b"Exif\0\0")
     order = "<" if content.startswith(b"II") else ">"
     try:

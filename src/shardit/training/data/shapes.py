@@ -89,7 +89,7 @@ class Drawing:
     half: float = 0.2
     """Half the size of the shape, as a share of the shorter side."""
     centre: tuple[float, float] = (0.5, 0.5)
-    """Where the centre is in the middle of the clip, as shares of width and height."""
+    """Place of the centre in the middle of the clip, as shares of width and height."""
     travel: float = 0.4
     """Distance from the first frame to the last, as a share of each side along which it moves."""
 

@@ -22,7 +22,7 @@ FORMAT = 1
 """Changes when an entry of the same facts would have other contents."""
 
 _LINES = 10
-"""Lines of progress where standard error is no terminal, about."""
+"""Lines of progress if standard error is no terminal, about."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Entry:
     kind: str
     made_of: Mapping[str, Any]
     name: str
-    """What it is of, for errors."""
+    """Name of its source, for errors."""
 
     @property
     def key(self) -> str:
@@ -41,7 +41,7 @@ class Entry:
 
     @property
     def facts(self) -> str:
-        """What it is made of, as JSON."""
+        """Inputs of the entry, as JSON."""
         return json.dumps({"format": FORMAT, "kind": self.kind, **self.made_of}, sort_keys=True, default=str)
 
 

@@ -30,7 +30,7 @@ class Parts:
     """A pipeline for training.
 
     encoding: the pipeline with its encoders and VAE; its trained modules are on meta. dtype: of the trained weights.
-    own: arguments that a tiny model is called with where nothing else is said. digests: of the folders of the other
+    own: default arguments of a tiny model. digests: of the folders of the other
     components.
     """
 
@@ -92,7 +92,7 @@ def _nothing(_: str) -> bool:
 
 
 def _dtype(settings: TrainSettings, prepared: Prepared, trained: tuple[str, ...]) -> torch.dtype:
-    """Return the type of the weights: that of the settings; else bfloat16 where the folder has it, else float32."""
+    """Return the type of the weights: that of the settings; else bfloat16 if the folder has it, else float32."""
     chosen = as_dtype(settings.dtype)
     if chosen is torch.float16:
         raise InputError("dtype='float16' loses small gradients: use bfloat16 or float32")

@@ -1,4 +1,4 @@
-"""What a model is trained to predict: flow, noise (epsilon), velocity (v) or the clean sample."""
+"""Target of a model's prediction: flow, noise (epsilon), velocity (v) or the clean sample."""
 
 from __future__ import annotations
 

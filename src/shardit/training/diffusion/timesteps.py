@@ -1,4 +1,4 @@
-"""How timesteps are drawn: uniform, logit-normal or shifted. A draw is a share of the noise schedule, from 0 to 1."""
+"""Draws of timesteps: uniform, logit-normal or shifted. A draw is a share of the noise schedule, from 0 to 1."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def usual_kind(flow: bool, *, experts: bool, shift: float | None) -> str:
 
 
 def timesteps_for(kind: str, shift: float | None, scheduler: Any, flow: bool) -> Timesteps:
-    """Return the distribution that the settings ask for. Raises InputError where it does not fit the scheduler.
+    """Return the distribution that the settings ask for. Raises InputError if it does not fit the scheduler.
 
     Only "shifted" uses a shift, that of the settings or else of the scheduler; nothing else shifts its draws again.
     """

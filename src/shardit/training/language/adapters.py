@@ -1,4 +1,4 @@
-"""What is trained of a language model: all weights, or a LoRA in modules that patterns choose."""
+"""Trained weights of a language model: all, or a LoRA in modules that patterns choose."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ class Encoder:
         return ids, [True] * len(ids)
 
     def _chat(self, row: Row) -> tuple[list[int], list[bool]]:
-        """Return the tokens of a conversation; learnt are the answers where the template tells which these are."""
+        """Return the tokens of a conversation; learnt are the answers if the template tells which these are."""
         self.counts["conversations"] += 1
         assert row.messages is not None
         ids = _conversation(self.tokenizer, row)
@@ -120,7 +120,7 @@ class Encoder:
         return last in self._special
 
     def _begun_once(self, ids: list[int]) -> list[int]:
-        """Return tokens with one begin token where they start with several."""
+        """Return tokens with one begin token if they start with several."""
         begin, start = self.tokenizer.bos_token_id, 0
         while begin is not None and ids[start : start + 2] == [begin, begin]:
             start += 1

@@ -183,7 +183,7 @@ class _Maker:
         return min(self.settings.max_length, positions(self.model) or self.settings.max_length)
 
     def _check(self, name: str, examples: Sequence[Example]) -> None:
-        """Raise InputError where the tokenizer knows tokens that the model does not."""
+        """Raise InputError if the tokenizer knows tokens that the model does not."""
         known = int(self.model.get_input_embeddings().weight.shape[0])
         wrong = next((one for one in examples if int(one.ids.max()) >= known), None)
         if wrong is not None:

@@ -47,7 +47,7 @@ def read_rows(setting: str, value: str) -> Rows:
     """Return the rows of a file, or of all files of a folder and of the folders in it.
 
     setting: the name of the setting, for messages. Raises InputError with file and line for what cannot be read, and
-    where there is no row with content.
+    if there is no row with content.
     """
     path, found = user_path(setting, value), Rows()
     if not path.exists():

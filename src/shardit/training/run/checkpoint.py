@@ -19,7 +19,7 @@ from shardit.training.run.steps.optimizers import found_by, set_found, set_state
 from shardit.training.run.steps.trained import Trained
 
 _FIELDS = {"step", "files", "average_updates", "settings", "identity"}
-"""What a record has at least."""
+"""Required entries of a record."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Checkpoint:
 
 
 def find(output: Path) -> list[Checkpoint]:
-    """Return the complete checkpoints of a run, the newest first. Raises InputError where one is damaged."""
+    """Return the complete checkpoints of a run, the newest first. Raises InputError if one is damaged."""
     found = []
     for folder in (output / CHECKPOINTS).glob("step-*"):
         try:
@@ -80,7 +80,7 @@ class Checkpoints:
             try:
                 act()
             except (OSError, RuntimeError) as error:
-                # Where the disk is full, torch raises RuntimeError after the OSError.
+                # If the disk is full, torch raises RuntimeError after the OSError.
                 known = error.__context__ if isinstance(error.__context__, OSError) else error
                 problem = (isinstance(known, OSError) and known.strerror) or first_line(known)
         return next((one for one in self._world.gather_objects(problem) if one), None)

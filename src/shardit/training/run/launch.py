@@ -117,7 +117,7 @@ class Asked:
         if not self._began or (self._since is not None and now - self._since > ONE_SIGNAL_S):
             raise KeyboardInterrupt
         if self._since is None and number == signal.SIGTERM:
-            # torchrun sends it also where another rank has died, for which this one would wait.
+            # torchrun sends it also if another rank has died, for which this one would wait.
             end = threading.Timer(GRACE_S, os._exit, (INTERRUPTED,))
             end.daemon = True
             end.start()

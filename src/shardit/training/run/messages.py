@@ -1,4 +1,4 @@
-"""What a run of training adds to the messages between the user's process and its ranks."""
+"""Messages of a training run between the user's process and its ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SESSION = "shardit.training.run.session:TrainSession"
 
 @dataclass(frozen=True)
 class TrainSpec(SessionSpec):
-    """What a rank of a run starts with. recipe: the module whose function `recipe` makes the recipe of the model."""
+    """Start data of a rank of a run. recipe: the module whose function `recipe` makes the recipe of the model."""
 
     settings: TrainSettings = field(default_factory=TrainSettings)
     recipe: str = ""

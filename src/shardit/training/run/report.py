@@ -1,4 +1,4 @@
-"""What the first rank shows and writes: a progress bar, notes, rows of metrics.jsonl, events for TensorBoard."""
+"""Reports of the first rank: a progress bar, notes, rows of metrics.jsonl, events for TensorBoard."""
 
 from __future__ import annotations
 

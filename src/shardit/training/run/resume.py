@@ -1,4 +1,4 @@
-"""What a run was, for its checkpoints, and what may differ when it goes on."""
+"""Identity of a run for its checkpoints, and the allowed differences when it resumes."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _plain(value: Any) -> Any:
 
 
 def compare(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> list[str]:
-    """Return notes on what differs between the run of a checkpoint and this one. Raises InputError where the run could
+    """Return notes on what differs between the run of a checkpoint and this one. Raises InputError if the run could
     not go on rightly."""
     old, new = before["settings"], now["settings"]
     notes = []
@@ -87,7 +87,7 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> 
 
 
 def _check_stream(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise InputError where a step takes another number of micro-batches: its number tells the place in the data."""
+    """Raise InputError if a step takes another number of micro-batches: its number tells the place in the data."""
     (was, _), (given, replicas) = (
         (one["settings"]["accumulation"] * one["data_parallel_size"], one["data_parallel_size"])
         for one in (before, now)

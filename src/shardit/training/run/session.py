@@ -16,7 +16,7 @@ from shardit.training.run.messages import Began, Ended, TrainSpec
 from shardit.training.run.train import train
 
 PRELOAD = ("torch.distributed.pipelining", "transformers.modeling_utils")
-"""What the fork server imports for all ranks."""
+"""Imports of the fork server for all ranks."""
 
 
 def check(spec: TrainSpec) -> None:

@@ -28,7 +28,7 @@ from shardit.training.run.steps.validation import held_out_loss, samples
 from shardit.training.settings import TrainSettings
 
 STEPS = 1000
-"""Optimizer steps where neither steps nor epochs are given."""
+"""Optimizer steps if neither steps nor epochs are given."""
 
 
 def train(
@@ -145,7 +145,7 @@ class Run:
             self._save_checkpoint()
 
     def _look(self) -> dict[str, Any]:
-        """Compute the loss on held-out data and make samples, where this step has any."""
+        """Compute the loss on held-out data and make samples, if this step has any."""
         chosen, models, found = self.settings, self.trained.models, {}
         if chosen.validate_every and self.held_out and self.done % chosen.validate_every == 0:
             value = held_out_loss(self.recipe, self.held_out, models, self.mesh, chosen.seed)
@@ -174,7 +174,7 @@ class Run:
         )
 
     def _finish(self, steps: int, seconds: float) -> None:
-        """Save the result. Raises InputError on all ranks where it cannot be written."""
+        """Save the result. Raises InputError on all ranks if it cannot be written."""
         try:
             self.trained.save(self.output)
         except InputError as error:

@@ -1,4 +1,4 @@
-"""Which parameters the ranks of a cut model have."""
+"""Parameters on the ranks of a cut model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Holdings:
     """The parameters of one stage.
 
     own: those that this stage has, by name; tied ones once. shared: those that several stages have, by name, on meta
-    where this stage is none of them. owner: the first stage that has each parameter. ties: further names of parameters,
+    if this stage is none of them. owner: the first stage that has each parameter. ties: further names of parameters,
     and their first ones.
     """
 

@@ -1,4 +1,4 @@
-"""What a tiny checkpoint consists of: plain data that `writer` turns into files."""
+"""Contents of a tiny checkpoint: plain data that `writer` turns into files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The autoencoders of the tiny checkpoints. A deeper one (32x) stands in where the pipeline fixes 1024 x 1024."""
+"""The autoencoders of the tiny checkpoints. A deeper one (32x) stands in if the pipeline fixes 1024 x 1024."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from shardit.parallel.attention.sequence_attention import Call
 from shardit.parallel.sequence.dealt.modules import modules_go_to, only_tensor
 
 CHANNELS = -1
-"""Stands for the dimension whose rows are dealt, where a convolution computes its share of the output channels."""
+"""Stands for the dimension whose rows are dealt, if a convolution computes its share of the output channels."""
 
 DealtRows = Mapping[nn.Module, tuple[int, int]]
 """The number of dimensions of a module's argument, and that whose rows are dealt."""

@@ -171,7 +171,7 @@ class PlannedSequence:
                 yield self.stages.first.watched
 
     def _whole(self, run: Any, call: Forward, leaves: list[Any], spec: Any, kept: State) -> tuple[Any, list[Seen]]:
-        """What the whole model gives and leaves, and what was seen of its course."""
+        """Run the whole model. Return its result, its state afterwards, and its course."""
         whole = WholePass()
         given = tree_map_only(torch.Tensor, torch.clone, leaves)
         args, kwargs = tree_unflatten(given, spec)

@@ -70,7 +70,7 @@ def watch_data(parameter: nn.Parameter) -> None:
 
 
 def written_by_data(parameter: nn.Parameter) -> bool:
-    """Return whether the values have changed since `.data` was first taken. It costs one read of the values where
+    """Return whether the values have changed since `.data` was first taken. It costs one read of the values if
     somebody has taken it, and nothing otherwise."""
     taken: TakenData | None = vars(parameter).get(_TAKEN)
     if taken is None:

@@ -133,7 +133,7 @@ class Checks:
     def _compared(
         self, unit: Any, name: str, kind: Any, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Return the result of a call of a unit that is compared, and made whole where slices are wrong."""
+        """Compare a unit at its call, make it whole if slices are wrong, and return its result."""
         why = why_not_comparable(unit, self.plan.family)
         if why is None:
             comparison = Comparison(self.model, name, self.plan, self.ranks, plain, args, kwargs, self._asked)
@@ -263,7 +263,7 @@ def _intercepted(checks: Checks, plain: Callable[..., Any]) -> Callable[..., Any
 
 
 def _called(checks: Checks, plain: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the call of a unit, which counts where the forward of its class is hidden by one on the object."""
+    """Return a call that compares a unit even if a forward on the object hides that of its class."""
 
     @functools.wraps(plain)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Arguments with which a module can be tried: small random tensors where its forward needs some."""
+"""Arguments with which a module can be tried: small random tensors if its forward needs some."""
 
 from __future__ import annotations
 

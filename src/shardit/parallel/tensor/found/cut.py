@@ -27,7 +27,7 @@ Numbers = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Found:
-    """How a module is cut: the channels of each rank of linears, and of convolutions of each channel apart, by name,
+    """The cut of a module: channels of each rank, by name of the linear or depthwise convolution,
     and the numbers to set."""
 
     into: Mapping[str, tuple[Segments, ...]]
@@ -97,7 +97,7 @@ def _outline(module: nn.Module) -> Any:
 
 
 def _find(module: nn.Module, names: tuple[str, ...], units: tuple[str, ...], parts: Parts) -> Found | None:
-    """Return how a module can be cut; None where no trial shows it."""
+    """Return how a module can be cut; None if no trial shows it."""
     head = number_of(module, (*rules.HEAD_SIZES, *rules.FURTHER_HEAD_SIZES))
     for pairs in (False, True) if units else (False,):
         try:

@@ -1,4 +1,4 @@
-"""What neither rules nor trials cut: the linears with most of it are cut by their outputs, which are gathered.
+"""Parts that neither rules nor trials cut: their largest linears are cut by outputs, which are gathered.
 
 That is right for any linear, but sends more than a sum behind several of them.
 """

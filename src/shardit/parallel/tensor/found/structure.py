@@ -1,4 +1,4 @@
-"""Which channels of the linears of a module belong together: those that the code between them brings together."""
+"""Groups of channels of a module's linears: channels that the code between them combines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MOST_BLOCKS = 1024
 """Most blocks of channels that are moved in turn."""
 
 FEWEST_BLOCKS = 32
-"""Blocks that the narrowest linear should have, where its channels are not those of heads."""
+"""Blocks that the narrowest linear should have, if its channels are not those of heads."""
 
 APART = 1e-4
 """Smallest difference, relative to the largest value, that counts as one."""
@@ -72,7 +72,7 @@ class Structure:
 
 
 def read_structure(trial: Trial, call: Call, names: Sequence[str], head: int | None) -> Iterator[Structure]:
-    """Yield what the groups of the linears `names` may be. head: channels of one head, where there are heads.
+    """Yield what the groups of the linears `names` may be. head: channels of one head, if there are heads.
 
     Raises NoTrialError if the code between them is of another kind.
     """

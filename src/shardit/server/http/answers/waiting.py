@@ -71,7 +71,7 @@ def check_completed(job: Job) -> None:
 
 def field_named(job: Job, reason: str) -> str | None:
     """Return the only field of a request that the reason of its failure names; None if there is no such one. Advice
-    (`diffusion/request/advice.py`) decides where there is one. Names that are also plain words must be quoted."""
+    (`diffusion/request/advice.py`) decides if there is one. Names that are also plain words must be quoted."""
     _, advice, said = reason.rpartition("; perhaps ")
     shown_as = {"width": "size", "height": "size", "num_outputs_per_prompt": "n"}
     shown_as["image"] = "input_reference" if job.kind == "video" else "image"

@@ -13,7 +13,7 @@ SECONDS_A_DAY = 86400.0
 
 
 class JobError(BaseModel):
-    """Why a job has no result."""
+    """Reason of a job without result."""
 
     code: str
     message: str

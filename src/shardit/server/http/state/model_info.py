@@ -19,7 +19,7 @@ from shardit.server.jobs.store import Store
 
 _NAME = "model_info"
 _OF_LANGUAGE = ("max_model_len", "vocabulary", "defaults", "notes")
-"""What is kept of a language model."""
+"""Kept data of a language model."""
 _OF_TUPLES = ("forms", "missing")
 """Fields of a signature whose values are tuples."""
 

@@ -33,7 +33,7 @@ _Count: Any = Annotated[_Whole, Field(ge=1, le=2**31)]
 
 
 class StreamOptions(BaseModel):
-    """What a stream has besides texts."""
+    """Additional contents of a stream."""
 
     model_config = ConfigDict(extra="forbid")
     include_usage: bool | None = Field(None, description="Whether a last chunk has the numbers of tokens.")
@@ -167,7 +167,7 @@ def _openai_fields() -> dict[str, Any]:
     return {
         "response_format": _optional(ResponseFormat, "The form of the text; the prompt should ask for it, too."),
         "stream": _optional(bool, "Whether pieces of the text come as server-sent events."),
-        "stream_options": _optional(StreamOptions, "What a stream has besides texts."),
+        "stream_options": _optional(StreamOptions, "Additional contents of a stream."),
         "logit_bias": _optional(bias, "Numbers to add to the logits of tokens."),
         "priority": _optional(_between(-10, 10), "Each step is worth ten minutes of waiting."),
     }

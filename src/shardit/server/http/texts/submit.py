@@ -55,7 +55,7 @@ class Asked:
     echo: Sequence[str] = ()
     """The texts of the prompts, if texts begin with these."""
     notes: Sequence[str] = ()
-    """What differs from what was asked."""
+    """Differences from the request."""
 
     def row_of(self, chunk: CompletionChunk) -> int:
         """Return the number of the text of a chunk among all texts."""

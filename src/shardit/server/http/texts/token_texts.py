@@ -33,7 +33,7 @@ class TokenTexts:
         return self._tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def bytes_of(self, token: int) -> list[int]:
-        """Return the bytes of a token, also where they are no whole characters."""
+        """Return the bytes of a token, also if they are no whole characters."""
         text = self.text(token)
         if UNKNOWN not in text:
             return list(text.encode())

@@ -28,7 +28,7 @@ def _call_of(text: str) -> dict[str, Any] | None:
 
 @dataclass
 class Found:
-    """What is certain of a piece: text, and calls in the format of OpenAI."""
+    """The certain part of a piece: text, and calls in the format of OpenAI."""
 
     text: str = ""
     calls: list[dict[str, Any]] = field(default_factory=list)

@@ -84,7 +84,7 @@ def _schema(function: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def has_calls(values: Mapping[str, Any], tokenizer: Any) -> bool:
-    """Return whether calls of tools are looked for in the answer: where they are enforced, or the chat template shows
+    """Return whether calls of tools are looked for in the answer: if they are enforced, or the chat template shows
     the form of them that is known here."""
     if not values.get("tools") or values.get("tool_choice") == "none":
         return False

@@ -1,1 +1,1 @@
-"""Where items come from: folders, JSONL files, packages of data sets, drawn shapes; texts of captions."""
+"""Sources of items: folders, JSONL files, packages of data sets, drawn shapes; texts of captions."""

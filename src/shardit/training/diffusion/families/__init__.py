@@ -1,1 +1,1 @@
-"""What differs among the pipelines that can be trained: prompts, latents and the calls of their models."""
+"""Differences among the pipelines that can be trained: prompts, latents and the calls of their models."""

@@ -12,7 +12,7 @@ from shardit.training.diffusion.families.table import Family
 
 
 def _scaled(config: Any, latents: torch.Tensor) -> torch.Tensor:
-    """Images: a shift and a factor, after mean and deviation by channel where the configuration has those."""
+    """Images: a shift and a factor, after mean and deviation by channel if the configuration has those."""
     mean, deviation = config.get("latents_mean"), config.get("latents_std")
     if mean is not None and deviation is not None:
         mean, deviation = _by_channel(mean, latents), _by_channel(deviation, latents)
@@ -34,7 +34,7 @@ NORMALISED: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
     "AutoencoderKLWan": _standardised,
     "AutoencoderKLQwenImage": _standardised,
 }
-"""How the latents of each class of VAE are normalised."""
+"""Normalisation of latents, by class of VAE."""
 
 
 def check_vae(vae: Any) -> None:

@@ -1,4 +1,4 @@
-"""How the pipelines of each family call their model: arguments, packing, position ids, sign of the result."""
+"""Model calls of the pipelines of each family: arguments, packing, position ids, sign of the result."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GUIDANCE = 1.0
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a model is called with; batched, on its device, in its type.
+    """Arguments of a model call; batched, on its device, in its type.
 
     noised: latents as the VAE makes them. times: timesteps, float32. text: tensors of the prompts by name; a list has
     one for each sample. condition: what the VAE made of the first frame, if the family has one. pipeline: the class,

@@ -13,13 +13,13 @@ from shardit.training.diffusion.families.predictions import Predict
 
 @dataclass(frozen=True)
 class Family:
-    """How the pipelines of one class are trained.
+    """Training of the pipelines of one class.
 
     pipeline: name of the class. returns: names of what `encode_prompt` returns, in order; None: not for training.
     predict: the call of the model. padded: prompts have lengths of their own, and shorter ones in a batch are filled up
     under a mask; listed: they are handed in as a list. video: samples are clips. first_frame: the first frame is given.
     token: latent pixels along the side of a token. casts: the pipeline hands latents to its VAE in the VAE's own type.
-    encoders: all text encoders, where they are small and load a LoRA. shown: arguments of samples.
+    encoders: all text encoders, if they are small and load a LoRA. shown: arguments of samples.
     """
 
     pipeline: str

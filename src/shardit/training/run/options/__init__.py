@@ -1,1 +1,1 @@
-"""What a run is asked for: flags, TOML files, and their checks before torch is imported."""
+"""Options of a run: flags, TOML files, and their checks before torch is imported."""

@@ -18,7 +18,7 @@ from shardit.training.settings import TrainSettings
 
 @dataclass(frozen=True, kw_only=True)
 class TrainFlags(flag_class(DiffusionParallelConfig, only=AXES, unset=True), flag_class(TrainSettings, unset=True)):
-    """What `shardit train` was asked for. None: as the file of --config says, or the default."""
+    """Flags of `shardit train`. None: the value in the file of --config, or the default."""
 
     config: Path | None = declare(
         None,

@@ -47,7 +47,7 @@ def make_optimizer(settings: TrainSettings, parameters: Mapping[str, nn.Paramete
         _check_kind(key, value, known[key])
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     try:
-        # Also where there is nothing to train: all ranks find the same mistakes.
+        # Also if there is nothing to train: all ranks find the same mistakes.
         some = list(parameters.values()) or [nn.Parameter(torch.zeros(1))]
         made = cls(some, lr=settings.learning_rate, weight_decay=settings.weight_decay, **given)
     except (ValueError, TypeError) as error:

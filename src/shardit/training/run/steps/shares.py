@@ -34,7 +34,7 @@ class Shares:
 
 
 def draw(recipe: Recipe, step: int, mesh: Mesh, world: GroupCoordinator, stop: bool) -> Shares:
-    """Draw the micro-batches of a step. Collective; where one rank cannot read its data, all raise the same error."""
+    """Draw the micro-batches of a step. Collective; if one rank cannot read its data, all raise the same error."""
     batches, problem, cause = _read(recipe, step, mesh)
     mine = {
         "problem": problem,

@@ -71,7 +71,7 @@ class Trained:
         return {name: one.model for name, one in self.stages.items()}
 
     def step(self, number: int, shares: Shares, rate: float) -> dict[str, Any]:
-        """Make an optimizer step, counted from 0; return its loss and norm. Raises InputError where they are not
+        """Make an optimizer step, counted from 0; return its loss and norm. Raises InputError if they are not
         finite, before any weight has changed."""
         seed_all(step_seed(self.settings.seed, number))
         losses = self._backward(number, shares)

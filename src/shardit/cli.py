@@ -88,7 +88,7 @@ def run_app(app: typer.Typer, arguments: Sequence[str] | None, name: str) -> int
     """Run a typer application; every way it can end becomes an exit code and at most one line on stderr."""
     prepare_streams()
     try:
-        # Not standalone: typer would print usage errors in boxes and end the process by itself.
+        # Not standalone: typer would print usage errors in boxes and exit the process.
         code = typer.main.get_command(app).main(
             args=None if arguments is None else list(arguments), prog_name=name, standalone_mode=False
         )

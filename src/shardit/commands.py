@@ -63,7 +63,7 @@ def inspect(flags: InspectFlags) -> None:
     """Show what each rank would hold; reads no weights."""
     config, dtype = flags.parallel_config(), setting(flags.dtype, "--dtype")
     check_installed(("diffusers", *FRAMEWORKS))
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it tells of every optional package that it misses
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of every missing optional package
     from shardit.diffusion.loading.shipped import configurations
     from shardit.diffusion.preflight import preflight
     from shardit.language.loading.source import known_decoder, named_decoder

@@ -151,7 +151,7 @@ class DiffusionParallelConfig:
 
 
 ParallelConfig = DiffusionParallelConfig
-"""The same class, by a name that says nothing of diffusion."""
+"""The same class, by a name without diffusion."""
 
 
 def config_of(

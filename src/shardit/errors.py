@@ -1,4 +1,4 @@
-"""The errors that a user can meet: theirs (`InputError`) and ours (`RankError`); what others say in one line."""
+"""The errors that a user can meet: theirs (`InputError`) and ours (`RankError`); errors of libraries in one line."""
 
 from __future__ import annotations
 

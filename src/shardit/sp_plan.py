@@ -1,9 +1,9 @@
-"""Declared sequence plans: a model says itself where its tensors are split over ranks, and where they are gathered.
+"""Declared sequence plans: a model declares the places at which its tensors are split over ranks and gathered.
 
 A model class has an attribute `_sp_plan`, a dict. Its keys name modules: "" is the model, "blocks.0" one of its
 modules, "blocks.*" every element of a ModuleList, "outputs.main" an entry of a ModuleDict. Its values are a dict
-of parameter names (inputs, split before the module's forward) and output numbers (split after it), or what becomes of
-the outputs, which are gathered after it:
+of parameter names (inputs, split before the module's forward) and output numbers (split after it), or one or several
+SequenceParallelOutput for outputs, which are gathered after it:
 
     _sp_plan = {
         "rope": {0: SequenceParallelInput(split_dim=1, expected_dims=4, split_output=True)},

@@ -1,6 +1,6 @@
 """`sp_shard` and `sp_gather`: splitting and gathering by hand, for forwards that decide while they run what to split.
 
-A model whose forward calls them declares `_sp_plan = {}` (or a plan with something in it), which says that its author
+A model whose forward calls them declares `_sp_plan = {}` (or a plan with entries), which means that its author
 splits it; then attention between a shard and its gather runs over the ranks, and the whole model is checked. See
 docs/sequence-plans.md.
 

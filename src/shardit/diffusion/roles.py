@@ -20,7 +20,7 @@ LIBRARIES = ("builtins.", "abc.", "typing.", "torch.", "transformers.", "diffuse
 
 def denoises(name: str, module: nn.Module) -> bool:
     """Return whether a component is called in every step, and so is cut: one of diffusers' classes that denoise, or
-    derived from one; or another class, by its name in the pipeline or because `_sp_plan` says how its tokens are
+    derived from one; or another class, by its name in the pipeline or because `_sp_plan` declares how its tokens are
     split."""
     theirs = any(base.__module__.startswith(CUT_PACKAGES) for base in type(module).__mro__)
     own = not (is_vae(module) or type(module).__module__.startswith(ENCODERS))

@@ -66,7 +66,7 @@ def _check_model(model: Any) -> None:
 
 
 class LLM:
-    """A causal language model on as many devices as the configuration says; a context manager.
+    """A causal language model on the devices of the configuration; a context manager.
 
     model: a hub id, a folder of transformers (config.json, weights as safetensors, tokenizer), a GGUF file, a short
     name ("smollm2-135m"), or "tiny/NAME". parallel_config: a DiffusionParallelConfig, or its fields as keywords:
@@ -272,7 +272,7 @@ class LLM:
         return [made[index] for index in range(len(made))] if outputs and None not in outputs else []
 
     def close(self) -> None:
-        """End the ranks; may be called twice. Happens by itself at the end of the program."""
+        """Stop the ranks; may be called twice. Called automatically when the program exits."""
         self._closed = True
         self._end_ranks()
 

@@ -129,7 +129,7 @@ class StageCaches:
         for new in self._new:
             missing = self._add_stand_ins(new.cache)
             # Later blocks (another group may be in the middle of its call) advance their own layers. A block that has
-            # failed in its first call has told nothing of them.
+            # failed in its first call has reported none of them.
             for number in sorted({n for key in new.passed for n in self._updated.get(key, ())} & missing):
                 _advance(new.cache, number, new.tokens)
         self._new.clear()
@@ -161,7 +161,7 @@ class StageCaches:
 
     def _check_rollback(self, cache: Any) -> None:
         """Raise UnsupportedError, on all ranks, if a cache has to forget tokens (for assisted decoding) and a stage has
-        nothing that tells whether states of other stages can."""
+        nothing that shows whether states of other stages can."""
         slots = [(self._owners[i], n) for i, numbers in self.slots.items() for n in numbers if n < len(cache.layers)]
         for stage in sorted(set(self._owners)):
             kinds = {_kind(cache.layers[n]) for owner, n in slots if owner == stage}

@@ -67,7 +67,7 @@ def call_member(
             raise UnsupportedError(_QUANTIZED)
         alone = not runtime.in_pipeline
         if alone:
-            args, kwargs = materialized((args, kwargs))  # of a part of the model that was called by itself
+            args, kwargs = materialized((args, kwargs))  # of a part of the model that was called directly
             refuse_gradients(self, args, kwargs)
         with runtime.pipeline_call(cls.__name__, lambda: named(own_call, args, kwargs)), torch.no_grad():
             if alone and changes is not None:

@@ -55,7 +55,7 @@ def check_declared(settings: Any) -> None:
 
 
 def hinted(word: str) -> Callable[[type[T]], type[T]]:
-    """Return a decorator of a frozen dataclass: if an attribute is set, the error says how to get another object
+    """Return a decorator of a frozen dataclass: if an attribute is set, the error shows how to get another object
     with that value. word: the name of an object in it."""
 
     def decorate(cls: type[T]) -> type[T]:

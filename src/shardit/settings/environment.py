@@ -40,7 +40,7 @@ def threads_asked(environ: Mapping[str, str]) -> int | None:
 
 def check_environment() -> None:
     """Raise InputError for a variable of this file with a wrong value, and for a misspelt name: before torch, which
-    takes seconds, is imported and says it in other words."""
+    takes seconds, is imported and has another error text."""
     for name in sorted(name for name in os.environ if name.startswith("SHARDIT_") and name not in KNOWN):
         if near := difflib.get_close_matches(name, KNOWN, 1, ALMOST):
             raise InputError(f"{name} in the environment is not known; did you mean {near[0]}? Correct or unset it")

@@ -20,7 +20,7 @@ from shardit.settings.declare import Flag, declared
 def flag_class(cls: type, *, only: Collection[str] = (), unset: bool = False, default_from: str = "") -> Any:
     """Return a dataclass with a field for each flag of the settings that `cls` declares.
 
-    only: names of settings, if not all are wanted. unset: all flags are None by default, and so tell what was given.
+    only: names of settings, if not all are wanted. unset: all flags are None by default, so given ones differ.
     default_from: for the help of these, if defaults come from elsewhere.
     """
     items = [item for item in declared(cls) if item.metadata["flag"] is not None and (not only or item.name in only)]

@@ -157,7 +157,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _keep_others(folder: Path, partial: Path) -> None:
-    """Link what a folder has beside weights into the new one."""
+    """Link all files of a folder except weights into the new one."""
     for entry in folder.iterdir():
         target = partial / entry.name
         if target.exists() or entry.name.startswith(WEIGHTS):

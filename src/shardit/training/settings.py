@@ -1,4 +1,4 @@
-"""`TrainSettings`: everything that `shardit train` can be told, by flags or by the keys of a TOML file."""
+"""`TrainSettings`: all options of `shardit train`, from flags or from the keys of a TOML file."""
 
 from __future__ import annotations
 

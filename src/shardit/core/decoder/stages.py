@@ -154,7 +154,7 @@ class DecoderStages:
         return out
 
     def _mode(self, index: int) -> Any:
-        """Return what besides the arguments decides the dtypes of a block's results."""
+        """Return the values, apart from arguments, that determine the dtypes of a block's results."""
         kind = self.link.device.type
         dtype = next((parameter.dtype for parameter in self.blocks[index][1].parameters()), None)
         return dtype, torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)

@@ -94,7 +94,7 @@ class Assignment:
 def assign_blocks(
     model: nn.Module, config: DiffusionParallelConfig, in_flight: int, plan: Plan | None, environ: Mapping[str, str]
 ) -> tuple[Cut, str | None]:
-    """Place the blocks of one transformer; the note says if the requested chunks were not made.
+    """Place the blocks of one transformer; a note reports requested chunks that were not made.
 
     Raises InputError/UnsupportedError if partition, stages and blocks do not fit.
     """

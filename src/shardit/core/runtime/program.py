@@ -44,7 +44,7 @@ class Interrupted(Exception):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether memory did not suffice. On CPUs torch says so in the text of a plain RuntimeError only."""
+    """Return whether memory did not suffice. On CPUs torch has it only in the text of a plain RuntimeError."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

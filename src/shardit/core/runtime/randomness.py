@@ -108,7 +108,7 @@ def moved(before: States, after: States) -> States:
 
 
 def set_states(news: Mapping[str, Any], device: torch.device, given: Sequence[Generator]) -> None:
-    """Set some of the generators that `states` tells of."""
+    """Set some of the generators in `states`."""
     for name, state in news.items():
         if name == "torch":
             torch.set_rng_state(state)
@@ -144,7 +144,7 @@ def _same(one: Any, other: Any) -> bool:
 def dropout_in_training(model: nn.Module) -> str | None:
     """Return the name of a module of `model` that would drop values at random now, if there is one.
 
-    Code that calls the function `dropout` itself keeps its probability in an attribute that says so.
+    Code that calls the function `dropout` itself keeps its probability in an attribute with such a name.
     """
     for name, module in model.named_modules():
         if module.training and any(probability > 0 for probability in _probabilities(module)):

@@ -38,7 +38,7 @@ from shardit.errors import UnsupportedError
 log = logging.getLogger(__name__)
 
 WARN_SIGNATURES = 16
-"""Signatures after which a warning says that calls keep changing shape, which makes each first one slow."""
+"""Signatures after which a warning reports calls that keep changing shape: each first one is slow."""
 
 
 @dataclass

@@ -79,7 +79,7 @@ def load_loras(pipe: Any, loras: tuple[Lora, ...]) -> None:
     names = [f"lora_{number}" for number in range(len(loras))]
     for name, lora in zip(names, loras, strict=True):
         try:
-            logging.getLogger("diffusers.loaders.peft").addFilter(_no_error)  # the error says it in one line
+            logging.getLogger("diffusers.loaders.peft").addFilter(_no_error)  # the error is one line
             for path, arguments in _parts(lora, pipe):
                 pipe.load_lora_weights(path, adapter_name=name, use_safetensors=True, **arguments)
         except Exception as error:

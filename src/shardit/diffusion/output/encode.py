@@ -26,7 +26,7 @@ EXIF_DESCRIPTION = 0x010E
 _LONGEST_EXIF = 60_000
 LEFT_OUT = "left_out"
 """Entry of a record with the names of those that a file has no room for."""
-# Constant rate factor of H.264 (0 lossless .. 51): 17 is hard to tell from the original by eye. The preset takes half
+# Constant rate factor of H.264 (0 lossless .. 51): 17 looks like the original. The preset takes half
 # the time of the usual one, for 0.3 dB and a file that is no larger.
 # With x264's trees of macroblocks the same frames of small videos give one of several files (seen with AVX-512).
 _QUALITY = {"preset": "veryfast", "crf": "17", "mbtree": "0"}

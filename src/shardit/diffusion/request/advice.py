@@ -47,7 +47,7 @@ def _narrow(request: Request, error: Exception) -> str:
 
 def _pictures(request: Request, error: Exception) -> str:
     """Return the arguments for pictures and videos that were not given, if the error may come of a missing one: it
-    speaks of nothing, of inputs or of one of them."""
+    concerns nothing, inputs or one of them."""
     text, names = str(error), request.pictures_left_out
     of_another = any(f"`{name}`" in text for name in request.kwargs)
     nothing = _OF_NOTHING.search(text) and not of_another

@@ -1,4 +1,4 @@
-"""The exit codes of the commands, and the line that says why one failed."""
+"""The exit codes of the commands, and the line with the reason of a failure."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OK, OURS, USERS, INTERRUPTED = 0, 1, 2, 130
 """Exit codes: done, our failure (a rank died), the user's mistake, Ctrl-C."""
 
 RANK_0_FIRST_S = 3.0
-"""Under torchrun the first rank that ends with an error has all others ended; it is to be the one that says why."""
+"""Under torchrun the first rank that ends with an error has all others ended; its reason must be printed."""
 
 
 def ended_by(error: Exception) -> int:
@@ -56,7 +56,7 @@ def _open_closed_streams() -> None:
 
 
 def _take_any_bytes() -> None:
-    """Let standard input and output pass bytes that are no valid text: a check says what is wrong with them, and names
+    """Let standard input and output pass bytes that are no valid text: a check reports the mistake in them, and names
     of files may have any."""
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
@@ -66,7 +66,7 @@ def _take_any_bytes() -> None:
 
 
 def _usage(error: Any) -> str:
-    """Return the message of a usage error; of an unknown flag it says how the command takes the value, or names the
+    """Return the message of a usage error; for an unknown flag it shows how the command takes the value, or names the
     commands that have the flag; of an unknown command it lists the commands."""
     text = error.format_message()
     command = getattr(error.ctx, "command", None)

@@ -79,7 +79,7 @@ class LoadedDecoder:
         own = self.model.generation_config
         pad = next((one for one in (self.tokenizer.pad_token_id, own.pad_token_id) if one is not None), 0)
         defaults = own.to_diff_dict()
-        # What the file says of sampling are defaults of the caller's parameters, and must not count twice.
+        # Sampling values of the file are defaults of the caller's parameters, and must not count twice.
         self.model.generation_config = GenerationConfig(pad_token_id=pad)
         limits = Limits(
             rows=spec.language.max_num_seqs,

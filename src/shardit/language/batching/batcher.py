@@ -93,7 +93,7 @@ class Batcher:
             self._arrivals += 1
         self._open[key] = _Open(rows, on_tokens, max(row.params.max_tokens or 1 for row in request.rows))
         for one in rows:
-            if one.made:  # the ranks that made the last token may have ended before they could say so
+            if one.made:  # the ranks that made the last token may have ended before they could report it
                 self._note_end(one)
             if one.ended is None:
                 self.scheduler.add(one)

@@ -27,7 +27,7 @@ class CacheMemory:
 
 def fitting(limit: int | None, memory: int | None, row_bytes: Callable[[int], int]) -> int | None:
     """Return the most tokens of a request: `limit`, or fewer if the memory of caches has no room for these. None for a
-    model without a limit, whose requests have to say how many they want."""
+    model without a limit, whose requests must give their numbers."""
     if memory is None or limit is None or row_bytes(limit + 1) <= memory:
         return limit
     low, high = 0, limit

@@ -17,7 +17,7 @@ JSON_OPTIONS: dict[str, Any] = {
     "coerce_one_of": False,
 }
 """Between the parts of JSON there is at most one space or one indented line: a weak model would write spaces for ever.
-What a schema says and a grammar cannot is an error, so that every complete text is valid."""
+A part of a schema that no grammar can express is an error, so that every complete text is valid."""
 
 MOST_LOOKS = 200
 """Parts of a wrong schema that are tried at most to find the wrong one."""
@@ -129,7 +129,7 @@ def _one_line(text: str) -> str:
 
 
 def _place(schema: Any, root: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the path to the innermost part of a schema that is wrong by itself, as far as `MOST_LOOKS` show it."""
+    """Return the path to the innermost part of a schema that alone is wrong, as far as `MOST_LOOKS` show it."""
     shared = {name: root[name] for name in ("$defs", "definitions") if name in root}
     path, looks = (), itertools.count()
     while True:

@@ -16,7 +16,7 @@ FAILED, ATTENDING, DONE = 0, 1, 2
 """States that ranks exchange when they compare notes."""
 
 WIDTH = 8
-"""Number of values that a rank gives when it says where it is."""
+"""Number of values in a rank's state."""
 
 
 class OutOfStep(Exception):

@@ -106,7 +106,7 @@ MUCH = 0.05
 """Share of a component's parameters from which on it is a warning that they stay whole."""
 
 MANY = 1 << 20
-"""Fewest parameters that stay whole of which a warning says so: those of tiny models need no memory."""
+"""Fewest whole parameters for a warning: those of tiny models need no memory."""
 
 
 class WholeShare(NamedTuple):

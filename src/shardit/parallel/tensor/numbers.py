@@ -1,4 +1,4 @@
-"""Numbers on modules that say how large they are: attributes, or entries of a configuration ("config.NAME")."""
+"""Sizes on modules: attributes, or entries of a configuration ("config.NAME")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Starts the API process, and says in one line which of its packages cannot be imported."""
+"""Starts the API process, and reports in one line packages that cannot be imported."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 """Endings of picture files, in small letters."""
 
 _ORIENTATION = 0x0112
-"""The EXIF tag that says how a camera was held."""
+"""The EXIF tag for the orientation of the camera."""
 
 _TURNS = {
     1: None,
@@ -110,7 +110,7 @@ def _mend_transparency(picture: Image.Image) -> None:
 
 
 def orientation(picture: Image.Image) -> tuple[int, tuple[str, ...]]:
-    """Return the EXIF orientation of a picture, from 1 to 8, and notes on EXIF data that say none."""
+    """Return the EXIF orientation of a picture, from 1 to 8, and notes on EXIF data without one."""
     with warnings.catch_warnings():  # PIL warns of parts that it cannot read
         warnings.simplefilter("ignore")
         try:

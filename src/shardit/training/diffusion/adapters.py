@@ -23,7 +23,7 @@ TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 def targets(model: nn.Module, patterns: Sequence[str], usual: Sequence[str] = ATTENTION) -> tuple[list[str], list[str]]:
-    """Return the names of the modules that get an adapter, and the patterns that say so. A pattern is the end of a
+    """Return the names of the modules that get an adapter, and their patterns. A pattern is the end of a
     name, from a dot on, or a regular expression for a whole name.
 
     Raises InputError for a pattern without a module, with the nearest names.

@@ -19,7 +19,7 @@ from shardit.errors import InputError, first_line
 from shardit.training.diffusion.files import on_first
 
 FPS = 16.0
-"""Frames per second of a sample if the settings say none."""
+"""Default frames per second of a sample."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ NAMES = ("uniform", "logit-normal", "shifted")
 class Timesteps:
     """A distribution of the share of the schedule, by its quantile function.
 
-    shift: of "shifted", for any size; None: as `dynamic` says for the size. dynamic: the fields of a scheduler's
+    shift: of "shifted", for any size; None: from `dynamic`, by size. dynamic: the fields of a scheduler's
     configuration by which the shift depends on the number of tokens of a picture.
     """
 

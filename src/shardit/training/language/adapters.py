@@ -70,7 +70,7 @@ def _adaptable(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _line(model: nn.Module, chosen: Sequence[str], blocks: Sequence[tuple[str, Any]], settings: TrainSettings) -> str:
-    """Return the line that says what is trained."""
+    """Return the line that names the trained weights."""
     kinds = ", ".join(sorted({name.rpartition(".")[2] for name in chosen}))
     with_adapter = sum(any(name.startswith(f"{block}.") for name in chosen) for block, _ in blocks)
     trained = sum(one.numel() for one in model.parameters() if one.requires_grad)

@@ -34,7 +34,7 @@ class Example:
 
 @dataclass
 class Encoder:
-    """Turns rows into examples as a tokenizer and its chat template say.
+    """Turns rows into examples with a tokenizer and its chat template.
 
     ends: further tokens that end an answer, besides those that the tokenizer calls special. counts: of what the user is
     told. unlearnt: names of rows without labels.
@@ -83,7 +83,7 @@ class Encoder:
         return ids, [True] * len(ids)
 
     def _chat(self, row: Row) -> tuple[list[int], list[bool]]:
-        """Return the tokens of a conversation; learnt are the answers if the template tells which these are."""
+        """Return the tokens of a conversation; answers are learnt if the template marks them."""
         self.counts["conversations"] += 1
         assert row.messages is not None
         ids = _conversation(self.tokenizer, row)
@@ -97,7 +97,7 @@ class Encoder:
 
     @property
     def marks_answers(self) -> bool:
-        """Whether the chat template tells which tokens are answers."""
+        """Whether the chat template marks the tokens of answers."""
         template = self.tokenizer.chat_template
         texts = template.values() if isinstance(template, dict) else [template or ""]
         return any(_MARKED.search(one) for one in texts)

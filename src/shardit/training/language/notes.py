@@ -1,4 +1,4 @@
-"""Lines that tell the user of rows: their number, their tokens, and what is left out."""
+"""Lines for the user about rows: their number, their tokens, and left-out ones."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ def _trained(model: nn.Module, source: DecoderSource, settings: TrainSettings) -
 
 
 def positions(model: Any) -> int | None:
-    """Return the most tokens that a model takes, if its configuration says so."""
+    """Return the most tokens that a model takes, if its configuration has the number."""
     return next((found for one in POSITION_LIMITS if isinstance(found := getattr(model.config, one, None), int)), None)
 
 

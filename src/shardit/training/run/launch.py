@@ -22,7 +22,7 @@ from shardit.training.run.messages import Began, Ended, Stop, TrainSpec
 
 LOOK_EVERY_S = 0.2
 GRACE_S = 5.0
-"""Time that ranks have to leave by themselves, when the run is over or they were told to end."""
+"""Grace period of ranks at the end of a run, or after a request to end."""
 
 ONE_SIGNAL_S = 2.0
 """Time in which several signals are one."""

@@ -32,7 +32,7 @@ _FREE = (
 """Settings that may differ without a word."""
 
 _NOTED = (
-    "data",  # the identity of the recipe says whether it is other data
+    "data",  # the identity of the recipe shows whether it is other data
     "ema_decay",
     "epochs",
     "gradient_checkpointing",
@@ -47,11 +47,11 @@ _NOTED = (
     "warmup_steps",
     "weight_decay",
 )
-"""Settings that may differ, which is said. All others must be the same."""
+"""Settings that may differ, with a note. All others must be the same."""
 
 
 def record_of(settings: TrainSettings, config: DiffusionParallelConfig, recipe: Recipe) -> dict[str, Any]:
-    """Return what a checkpoint says of its run, as JSON gives it back."""
+    """Return a checkpoint's record of its run, as JSON values."""
     found = {
         "settings": dataclasses.asdict(settings),
         "data_parallel_size": config.data_parallel_size,
@@ -87,7 +87,7 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> 
 
 
 def _check_stream(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise InputError if a step takes another number of micro-batches: its number tells the place in the data."""
+    """Raise InputError if a step takes another number of micro-batches: its number gives the place in the data."""
     (was, _), (given, replicas) = (
         (one["settings"]["accumulation"] * one["data_parallel_size"], one["data_parallel_size"])
         for one in (before, now)

@@ -1,4 +1,4 @@
-"""A rank of a run of training: joins the others, trains, and says how it ended."""
+"""A rank of a training run: joins the others, trains, and reports the outcome."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class TrainSession:
                 channel.recv()
 
     def run(self, stop: Any, began: Any) -> bool:
-        """Train; return whether the run was stopped early. stop() says whether it should be."""
+        """Train; return whether the run was stopped early. stop() returns whether it should be."""
         make = importlib.import_module(self.spec.recipe).recipe
         return train(self.spec.settings, self.spec.config, self.mesh, make, stop, began)
 

@@ -39,7 +39,7 @@ def train(
     stop: Callable[[], bool] = lambda: False,
     began: Callable[[], None] = lambda: None,
 ) -> bool:
-    """Train as the settings say, and save the result; return whether `stop` ended the run before its last step.
+    """Train with these settings, and save the result; return whether `stop` ended the run before its last step.
 
     Collective over all ranks. began() is called before the first step. Raises InputError, RankError.
     """

@@ -42,7 +42,7 @@ def updated(before: Copies) -> list[tuple[nn.Module, str]]:
 @contextmanager
 def buffers_kept(model: nn.Module, without: Collection[nn.Module] = ()) -> Iterator[None]:
     """Run on copies of buffers for a while: what runs is a trial, or was counted already. Graphs of autograd may keep
-    the copies. Modules with buffers keep their attributes, too: these may say how far a buffer is computed."""
+    the copies. Modules with buffers keep their attributes, too: these may hold how far a buffer is computed."""
     before = copies_of(model, without)
     attributes = {module: dict(vars(module)) for module, _ in before}
     try:

@@ -17,7 +17,7 @@ from shardit.parallel.tensor.plan import TensorPlan
 
 @dataclass(frozen=True)
 class HeldSlice:
-    """A parameter that is cut, as it was when this was made. owner: its module; plan: it says whether the parameter is
+    """A parameter that is cut, as it was when this was made. owner: its module; plan: decides whether the parameter is
     still cut. version: torch's counter of writes in place; loads: how often its module has loaded weights."""
 
     name: str

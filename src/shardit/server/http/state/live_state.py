@@ -30,7 +30,7 @@ class Watch:
             # For each token of each text: `asyncio.wait_for` would make a task.
             loop = asyncio.get_running_loop()
             self._waiting = loop.create_future()
-            timer = loop.call_later(timeout_s, self.ring)  # a lost message would say that something has changed
+            timer = loop.call_later(timeout_s, self.ring)  # a lost message would report a change
             try:
                 await self._waiting
             finally:

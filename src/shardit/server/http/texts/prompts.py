@@ -23,7 +23,7 @@ _SAMPLING = [item.name for item in dataclasses.fields(SamplingParams) if item.na
 def sampling_of(
     values: Mapping[str, Any], info: LanguageInfo, logprobs: int | None, most: int | None
 ) -> SamplingParams:
-    """Return the sampling parameters of a request, without its seed. most: of tokens, if it does not say. Raises
+    """Return the sampling parameters of a request, without its seed. most: default number of tokens. Raises
     ApiError."""
     given = {name: values[name] for name in _SAMPLING if name in values}
     given |= {"logprobs": logprobs, "prompt_logprobs": logprobs if values.get("echo") else None}

@@ -36,7 +36,7 @@ from shardit.server.jobs.job import NewJob, new_id
 from shardit.server.jobs.text_request import rows_of_prompts, stored_request
 
 _COMPLETION_TOKENS = 16
-"""Tokens of a completion that does not say how many, as of OpenAI."""
+"""Default number of tokens of a completion, as of OpenAI."""
 
 
 @dataclass(frozen=True)

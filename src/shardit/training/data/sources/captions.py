@@ -41,7 +41,7 @@ def mark_of(data: bytes) -> tuple[bytes, str]:
 
 
 def decoded(data: bytes, name: str) -> tuple[str, tuple[str, ...]]:
-    """Return the text of a file's bytes and notes about it: UTF-8, what its mark says, or else Windows-1252. Raises
+    """Return the text of a file's bytes and notes about it: UTF-8, that of its mark, or else Windows-1252. Raises
     InputError with the position of a byte that is none of these."""
     mark, encoding = mark_of(data)
     notes: tuple[str, ...] = ()

@@ -22,7 +22,7 @@ _CLASSES = {
     "prodigy": ("prodigyopt", "Prodigy"),
     "adafactor": ("torch.optim", "Adafactor"),
 }
-"""Module and class of each optimizer. All but Prodigy treat each tensor by itself (Adafactor's clipping, too), so that
+"""Module and class of each optimizer. All but Prodigy treat each tensor alone (Adafactor's clipping, too), so that
 stages with a part of the parameters do as one rank does."""
 
 _SETTINGS = {"lr": "learning_rate", "weight_decay": "weight_decay", "params": "lora_targets"}

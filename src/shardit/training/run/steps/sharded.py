@@ -1,6 +1,6 @@
 """The state of the optimizer shared out over replicas: each updates a part of the parameters and sends it on.
 
-An optimizer that treats each tensor by itself updates it as it would if one replica had all, so the bits stay.
+An optimizer that treats each tensor alone updates it as if one replica had all, so the bits stay.
 """
 
 from __future__ import annotations

@@ -205,8 +205,8 @@ def load(
     """Return the parallel pipeline of a model folder, hub id or "tiny/NAME"; every rank reads only the weights that it
     owns. Of a folder with a model of transformers: that model, over stages and tensor ranks.
 
-    Collective, like `parallelize`. dtype: None as the checkpoint's classes have it, else what `torch_dtype` means to
-    `from_pretrained`. model_config: as for `Omni`. settings: how the model is loaded (as for `Omni`), and fields of the
+    Collective, like `parallelize`. dtype: as `torch_dtype` of `from_pretrained`; None for that of the checkpoint's
+    classes. model_config: as for `Omni`. settings: options for loading the model (as for `Omni`), and fields of the
     configuration in its place. Raises InputError/UnsupportedError with one line.
     """
     options = take_options(settings)

@@ -85,7 +85,7 @@ class DiffusionParallelConfig:
     pipeline_chunks: int | None = declare(
         None, "Chunks of blocks per rank; 1 gives each rank one contiguous range. [default: automatic]", whole(1)
     )
-    """Automatic: chosen at load from what can be in flight. More than 1: looped placement."""
+    """Automatic: chosen at load by the number of calls in flight. More than 1: looped placement."""
 
     layer_partition: Sequence[int] | None = declare(
         None,
@@ -100,7 +100,7 @@ class DiffusionParallelConfig:
 
     split_batch: bool = declare(
         True,
-        "Whether a batched transformer call (batched guidance, several outputs per prompt) is split by sample where "
+        "Whether a batched transformer call (batched guidance, several outputs per prompt) is split by sample if "
         "that fills the pipeline.",
         FLAG,
         flag=None,
@@ -293,8 +293,8 @@ def check_stages(pp_size: int, num_blocks: int) -> None:
 def get_pp_indices(num_layers: int, pp_rank: int, pp_size: int) -> tuple[int, int]:
     """First and past-the-last layer of one stage of an even partition.
 
-    Sizes differ by at most one. The stages just before the last take what is left over, because the last one also
-    runs what follows the blocks.
+    Sizes differ by at most one. The stages just before the last take the rest, because the last one also runs
+    the code after the blocks.
     """
     whole(1)("num_layers", num_layers)
     whole(1)("pp_size", pp_size)

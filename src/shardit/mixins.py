@@ -1,8 +1,8 @@
 """For pipelines whose denoise loop is written by hand: guidance and scheduler steps that keep every rank busy.
 
-They are optional: a loop that calls its transformer directly is parallelized by `shardit.parallelize` as well. What
-they add is the right order: all branches of a step are started before the first result is looked at, so that stages
-overlap them and guidance ranks share them.
+They are optional: `shardit.parallelize` also takes a loop that calls its transformer directly. The mixins add the right
+order: all branches of a step start before the first result is used. So stages overlap them and guidance ranks share
+them.
 
     class MyPipeline(nn.Module, PipelineParallelMixin, CFGParallelMixin): ...
 """
@@ -59,8 +59,8 @@ class CFGParallelMixin:
         true_cfg_scale: float,
         cfg_normalize: bool = False,
     ) -> torch.Tensor:
-        """negative + scale * (positive - negative); with cfg_normalize as long as the positive one along the last
-        dimension, which is what Qwen-Image does."""
+        """Return negative + scale * (positive - negative); with cfg_normalize, of the length of the positive one along
+        the last dimension, as in Qwen-Image."""
         combined = neg_noise_pred + true_cfg_scale * (noise_pred - neg_noise_pred)
         if not cfg_normalize:
             return combined

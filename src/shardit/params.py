@@ -50,18 +50,18 @@ _OF_FAMILIES = (
 class OmniDiffusionSamplingParams:
     """Generation arguments under their diffusers names. None (the default) means the pipeline's own default.
 
-    A value that is wrong for every pipeline raises `InputError` here; one that the pipeline at hand does not take, or
-    refuses (a height that its VAE cannot cut, say), raises it in `Omni.generate`. What has no field here goes through
-    `extra_args`.
+    A value that is wrong for every pipeline raises `InputError` here. A value that this pipeline does not take, or
+    refuses (for example, a height that its VAE cannot cut), raises it in `Omni.generate`. Arguments without a field go
+    through `extra_args`.
     """
 
     negative_prompt: str | None = declare(None, "Negative prompt.", TEXT)
 
     width: int | None = declare(None, "Width in pixels.", whole(1))
-    """Pipelines refuse or round what their VAE and patches do not divide."""
+    """Pipelines refuse or round a size that their VAE and patches do not divide."""
 
     height: int | None = declare(None, "Height in pixels.", whole(1))
-    """Pipelines refuse or round what their VAE and patches do not divide."""
+    """Pipelines refuse or round a size that their VAE and patches do not divide."""
 
     num_frames: int | None = declare(None, "Number of frames of a video.", whole(1))
     """Wan rounds to 4n + 1."""

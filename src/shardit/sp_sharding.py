@@ -1,12 +1,10 @@
-"""`sp_shard` and `sp_gather`: splitting and gathering by hand, for forwards that decide while they run what to split.
+"""`sp_shard` and `sp_gather`: splitting and gathering by hand, for forwards that choose the tensors while they run.
 
-A model whose forward calls them declares `_sp_plan = {}` (or a plan with entries), which means that its author
-splits it; then attention between a shard and its gather runs over the ranks, and the whole model is checked. See
-docs/sequence-plans.md.
+A model whose forward calls them declares `_sp_plan = {}`, or a plan with entries. Then attention between a shard and
+its gather runs over the ranks, and the whole model is checked. See docs/sequence-plans.md.
 
-Outside of a model that was made parallel both return what they get, so that such a model next to it stays whole, unless
-the program has made groups itself (`parallel_state.initialize_model_parallel`): then they cut and gather, and
-attention is the program's own business.
+Outside of a parallel model both return their argument, so that other models stay whole. If the program has made groups
+itself (`parallel_state.initialize_model_parallel`), they cut and gather there, too; attention is up to the program.
 """
 
 from __future__ import annotations
@@ -27,8 +25,8 @@ _alone: list[Collectives] = []
 def sp_shard(x: torch.Tensor, dim: int) -> torch.Tensor:
     """Return this rank's part of `x` along `dim`: neighbouring tokens, in the order of the ranks.
 
-    Lengths need not divide: the first ranks have one token more. The same tensor if tokens are not sharded. `x` is
-    the same on all ranks. Raises InputError if `x` has no such dimension, UnsupportedError inside a model that
+    `x` must be the same on all ranks. Its length need not divide: the first ranks have one token more. If tokens are
+    not sharded, the result is `x`. Raises InputError if `x` has no such dimension, UnsupportedError inside a model that
     declares no plan.
     """
     how = _pass("sp_shard", x, dim)
@@ -44,9 +42,9 @@ def sp_shard(x: torch.Tensor, dim: int) -> torch.Tensor:
 def sp_gather(x: torch.Tensor, dim: int, total: int | None = None) -> torch.Tensor:
     """Return the shards of all ranks, one after the other along `dim`: undoes `sp_shard`. Collective.
 
-    Shards may have any lengths. The same tensor if tokens are not sharded. Inside a model they are learned once for
-    each shape. Outside of one they are exchanged at every call (8 bytes), unless `total` is given, the length of what
-    `sp_shard` split. Raises as `sp_shard` does, and InputError if `total` does not fit.
+    Shards may have any lengths. Inside a model these are learned once for each shape. Outside they are exchanged at
+    every call (8 bytes), unless `total` is given, the length before `sp_shard`. If tokens are not sharded, the result
+    is `x`. Raises the errors of `sp_shard`, and InputError if `total` does not fit.
     """
     how = _pass("sp_gather", x, dim)
     if how is not None:

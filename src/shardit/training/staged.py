@@ -1,4 +1,4 @@
-"""`stages`: a model and a loss function are cut into stages whose gradients are those of one rank."""
+"""`stages`: a model and a loss function over stages, with the gradients of one rank."""
 
 from __future__ import annotations
 

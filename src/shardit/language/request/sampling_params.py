@@ -74,7 +74,7 @@ class SamplingParams:
     ignore_eos: bool = declare(False, "Whether to continue after an end token of the model.", FLAG)
     max_tokens: int | None = declare(
         16,
-        "Maximum number of tokens; fewer where the prompt leaves less room in the model. None for all the room.",
+        "Maximum number of tokens; fewer if the prompt leaves less room in the model. None for all the room.",
     )
     min_tokens: int = _value(0, "Minimum number of tokens before an end token or a stop string.", whole(0))
     logprobs: int | None = _value(

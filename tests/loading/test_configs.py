@@ -125,7 +125,7 @@ def test_every_configuration_is_complete():
 
 def test_the_docs_name_them_all():
     page = (DOCS / "parallelism.md").read_text("utf-8")
-    [sentence] = re.findall(r"`shardit inspect` shows what each rank would hold, of (.*?) even", page, re.DOTALL)
+    [sentence] = re.findall(r"`shardit inspect` shows the share of each rank, of\s(.*?) even", page, re.DOTALL)
     assert re.findall(r"`([^`]+)`", sentence) == names()
 
 

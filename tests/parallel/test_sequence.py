@@ -408,7 +408,7 @@ def lengths_of_nothing(rank: int, count: int, method: str, way: dict) -> None:
     plain, other = joined("outside", way)
     assert both(plain, other, **texts(9)) <= CLOSE
     STEP[0] = 2
-    with pytest.raises(RankError, match=r"lengths \[\d, \d, \d\] where an earlier call of the same shapes had"):
+    with pytest.raises(RankError, match=r"lengths \[\d, \d, \d\], but an earlier call of the same shapes had"):
         other(**texts(9))
 
 

@@ -46,7 +46,7 @@ class TrainSettings:
     accumulation: int = declare(1, "Micro-batches of a replica in an optimizer step.", whole(1))
     schedule: str = declare("1f1b", f"Pipeline schedule: {', '.join(SCHEDULES)}.", _one_of(*SCHEDULES))
     gradient_checkpointing: bool = declare(False, "Compute activations again in the backward.")
-    dtype: str | None = declare(None, "Type of the weights. [default: bfloat16 where the folder has it]", NAME)
+    dtype: str | None = declare(None, "Type of the weights. [default: bfloat16 if the folder has it]", NAME)
 
     # the optimizer
     optimizer: str = declare("adamw", "Optimizer: adamw, adamw8bit, sgd, prodigy or adafactor.", _one_of(*OPTIMIZERS))

@@ -20,7 +20,7 @@ from shardit.errors import InputError, UnsupportedError
 log = logging.getLogger(__name__)
 
 SEEDS = (
-    "seed alike on every rank: generator=torch.Generator().manual_seed(n), or torch.manual_seed(n) where none is given"
+    "seed alike on every rank: generator=torch.Generator().manual_seed(n), or torch.manual_seed(n) without a generator"
 )
 
 DRAWS = (

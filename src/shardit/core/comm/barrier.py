@@ -21,7 +21,7 @@ def checked_barrier(comm: Comm, here: str | Exception) -> str | None:
         return None
     if errors:
         rank, error = next(iter(errors.items()))
-        return f"rank {rank} fails where others do not ({type(error).__name__}: {error})"
+        return f"rank {rank} fails and others do not ({type(error).__name__}: {error})"
     return f"they are at {reached}" if len(set(reached)) > 1 else None
 
 

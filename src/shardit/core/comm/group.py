@@ -163,7 +163,7 @@ class GroupCoordinator:
             try:
                 work.wait(self.timeout)
             except RuntimeError as error:
-                text = "it makes no call where this rank does; every rank has to call the pipeline or model alike"
+                text = "it makes no call and this rank does; every rank has to call the pipeline or model alike"
                 raise RankError(rank, f"{text} ({first_line(error)})") from error
 
     def broadcast_tensor_dict(self, values: dict[str, Any] | None = None, src: int = 0) -> dict[str, Any]:

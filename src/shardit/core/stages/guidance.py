@@ -139,7 +139,7 @@ class GuidanceScheduler:
         if not self.warned and self.rank == 0:
             log.warning(
                 "cfg_parallel_size=%d idles: a step has one branch of one sample. Guidance needs guidance_scale > 1, "
-                "or where the pipeline has it true_cfg_scale > 1 and a negative prompt; with split_batch=False a batch "
+                "or, if the pipeline has it, true_cfg_scale > 1 and a negative prompt; with split_batch=False a batch "
                 "counts as one sample",
                 self.size,
             )

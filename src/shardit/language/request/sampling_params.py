@@ -108,7 +108,7 @@ class SamplingParams:
         for name, value in (("min_tokens", self.min_tokens), ("ignore_eos", self.ignore_eos)):
             if value:
                 raise InputError(
-                    f"{name} does not go with structured_outputs, which says where a text ends; leave it out"
+                    f"{name} does not go with structured_outputs, which decides the end of a text; leave it out"
                 )
 
     @property

@@ -116,7 +116,7 @@ class SequenceAttention:
             found += mask.shape[-1:] * layout.mask_columns + mask.shape[-2:-1] * layout.mask_rows
             known += [keys] * layout.mask_columns + [queries] * layout.mask_rows
         if found != known:
-            text = f"attention has the lengths {found} where an earlier call of the same shapes had {known}: they "
+            text = f"attention has the lengths {found}, but an earlier call of the same shapes had {known}: they "
             text += "follow from what is no argument of a block; set ulysses_degree=1 and ring_degree=1"
             raise RankError(self.sp.group.rank, text)
 

@@ -145,7 +145,7 @@ def _misfit(module: nn.Module, names: rules.Attention, heads: Heads, family: rul
         if is_linear(found) and getattr(found, side) != width:
             return f"{part} does not go with its heads"
     if out != any(is_linear(part_of(module, part)) for part in names.out):
-        return "the linear behind its heads is not where it was looked for"
+        return "the linear behind its heads was not found"
     for part in present(module, (*names.query_norms, *names.key_norms)):
         if isinstance(part_of(module, part), nn.Identity):
             continue

@@ -80,7 +80,7 @@ async def accept(
     values = check_fields(model, body.values, pipeline_names(info))
     check_model(values, context.options)
     if one and values.get("n", 1) > 1:
-        text = "n must be 1 where the answer is one file; for several make a job, without /sync"
+        text = "n must be 1 if the answer is one file; for several make a job, without /sync"
         raise ApiError(400, text, code="invalid_value", param="n")
     field, takes = _picture_field(values, body, info, needs_picture)
     asked = arguments(values, takes, context.options)

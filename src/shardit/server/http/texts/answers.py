@@ -43,9 +43,9 @@ class ChatMessage(BaseModel):
     """An answer."""
 
     role: Literal["assistant"]
-    content: str | None = Field(description="Null where there are calls and no text.")
+    content: str | None = Field(description="Null if there are calls and no text.")
     refusal: None
-    tool_calls: list[ToolCall] = Field([], description="Only where there are calls.")
+    tool_calls: list[ToolCall] = Field([], description="Only if there are calls.")
 
 
 class ChatChoice(BaseModel):

@@ -7,7 +7,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,16 +18,14 @@ class PipelineEntry:
     """One pipeline class: how it is built tiny, and one call.
 
     build: the plain pipeline with tiny components of the real classes, in eval mode. call: fresh arguments of one
-    `__call__`. generator: whether the call takes `generator`. refused: axis -> part of the message of an expected
-    UnsupportedError. rounded: whether the pipeline itself rounds its result to 8 bits, or values of its model to
-    bfloat16. fast: whether every test run tries it.
+    `__call__`. generator: whether the call takes `generator`. rounded: whether the pipeline itself rounds its result to
+    8 bits, or values of its model to bfloat16. fast: whether every test run tries it.
     """
 
     name: str
     build: Callable[[], Any]
     call: Callable[[], dict[str, Any]]
     generator: bool = True
-    refused: dict[str, str] = field(default_factory=dict)
     rounded: bool = False
     fast: bool = False
 

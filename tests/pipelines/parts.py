@@ -82,7 +82,7 @@ def fresh(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def entry(name: str, components: Callable[[], dict[str, Any]], call: Callable[..., dict[str, Any]], **more: Any) -> Any:
     """An entry whose call has these arguments more; fields of entries go to the entry."""
-    of_entry = {key: more.pop(key) for key in ("generator", "refused", "rounded", "fast") if key in more}
+    of_entry = {key: more.pop(key) for key in ("generator", "rounded", "fast") if key in more}
     return PipelineEntry(name, lambda: pipeline(name, **components()), lambda: call(**fresh(more)), **of_entry)
 
 

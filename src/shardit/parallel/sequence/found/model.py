@@ -207,11 +207,11 @@ class SequenceParallel:
         if step is None:
             if len(self._steps) >= MAX_STEPS:
                 self._steps.clear()
-            plan = self._known(kind, shapes)
-            if plan is None and kind not in self._dealt:
+            plan, dealt_kind = self._known(kind, shapes), (kind, _batches(shapes))
+            if plan is None and dealt_kind not in self._dealt:
                 plan = self._find(kind, index, call, leaves, spec, shapes)
             if plan is None:
-                step = Step(None, self._dealt.get(kind))
+                step = Step(None, self._dealt.get(dealt_kind))
             else:
                 step = Step(plan, None, plan.candidate.totals(shapes))
             self._steps[key] = step
@@ -247,7 +247,7 @@ class SequenceParallel:
         if error is not None:
             raise error
         if isinstance(plan, DealtBlock):
-            self._dealt[kind] = plan
+            self._dealt[kind, _batches(shapes)] = plan
             return None
         if plan is not None and not plan.by_values:  # such a block may call attention once for each sample
             self._plans.setdefault(kind, []).append((plan, plan.candidate.pattern(shapes)))
@@ -321,6 +321,11 @@ class SequenceParallel:
         for index, (_, block) in enumerate(self.blocks):
             own_call = type(block).__call__
             subclass_in_place(block, {"__call__": torch.compiler.disable(_block_call(own_call, index, self))})
+
+
+def _batches(shapes: list[Shape | None]) -> tuple[int | None, ...]:
+    """Return the numbers of samples in the arguments of a call: a block may relate the samples of larger batches."""
+    return tuple(shape[0] if shape else None for shape in shapes)
 
 
 def _shape(leaf: Any) -> Shape | None:

@@ -270,6 +270,25 @@ def test_a_model_that_was_moved_is_the_same(tmp_path: Path) -> None:
         compare(old, record(model=str(tmp_path / "copy")), tmp_path)
 
 
+@pytest.mark.parametrize("part", ["", "transformer"])
+def test_other_weights_in_the_same_place_are_another_model(part: str, tmp_path: Path) -> None:
+    """A result below the folder is no part of the model."""
+    (model := tmp_path / "model").mkdir()
+    (model / part).mkdir(exist_ok=True)
+    (model / ("model_index.json" if part else "config.json")).write_text('{"transformer": ["diffusers", "Model"]}')
+    file = model / part / "model.safetensors"
+    file.write_bytes(b"1" * 1000)
+    before = record(model=str(model))
+    (model / "my-lora" / "checkpoints").mkdir(parents=True)
+    (model / "my-lora" / "checkpoints" / "run.json").write_text("{}")
+    assert compare(before, record(model=str(model)), tmp_path) == []
+    file.write_bytes(b"2" * 1000)
+    with pytest.raises(InputError, match=f"--resume: {model} has other weights or configurations than when"):
+        compare(before, record(model=str(model)), tmp_path)
+    old = {name: value for name, value in before.items() if name != "model_contents"}
+    assert compare(old, record(model=str(model)), tmp_path) == []
+
+
 def test_rows_after_a_checkpoint_are_removed(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     cut(file, 3)
@@ -282,6 +301,17 @@ def test_rows_after_a_checkpoint_are_removed(tmp_path: Path) -> None:
     assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
     cut(file, 0)
     assert file.read_text() == ""
+
+
+def test_names_with_separators_of_lines_keep_their_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHARDIT_PROGRESS", "0")
+    report = Report(tmp_path, True, 5, 0, False)
+    report.row({"step": 1, "loss": 1.0, "lr": 0.1, "items": ["a\u2028b\x85c.txt"]})
+    report.close()
+    file = tmp_path / "metrics.jsonl"
+    before = file.read_bytes()
+    cut(file, 1)
+    assert file.read_bytes() == before != b""
 
 
 def test_parameters_are_shared_out_evenly() -> None:

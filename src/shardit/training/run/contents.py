@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
 
 from shardit.settings.paths import user_path
 
@@ -16,7 +19,7 @@ def contents_of(model: str) -> str | None:
     path = user_path("model", model)
     if model.startswith("tiny/") or not path.exists():
         return None
-    files = [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.suffix in _ENDINGS)
+    files = [path] if path.is_file() else sorted(one for one in _files(path) if one.suffix in _ENDINGS)
     total = hashlib.sha256()
     for file in files:
         size = file.stat().st_size
@@ -26,3 +29,11 @@ def contents_of(model: str) -> str | None:
                 opened.seek(max(size - _BYTES, 0) * number // (_BLOCKS - 1))
                 total.update(opened.read(_BYTES))
     return total.hexdigest()[:32]
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Yield the files of a model and of its components. Other folders below it may be outputs of runs, which grow."""
+    index = folder / "model_index.json"
+    parts = json.loads(index.read_text("utf-8")) if index.is_file() else {}
+    for place in (folder, *(folder / name for name in parts if (folder / name).is_dir())):
+        yield from (one for one in place.iterdir() if one.is_file())

@@ -93,7 +93,7 @@ def cut(file: Path, done: int) -> None:
     if not file.exists():
         return
     kept = []
-    for line in file.read_text("utf-8", errors="replace").splitlines():
+    for line in file.read_text("utf-8", errors="replace").split("\n"):  # a name may have other separators of lines
         try:
             step = json.loads(line)["step"]
         except (ValueError, KeyError, TypeError):

@@ -69,14 +69,20 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> 
     """Return notes on what differs between the run of a checkpoint and this one. Raises InputError if the run could
     not go on rightly."""
     old, new = before["settings"], now["settings"]
+    contents = before.get("model_contents")  # None: no local files, or a checkpoint of an earlier version
+    kept = contents == now["model_contents"]
+    if contents is not None and not kept and old["model"] == new["model"]:
+        raise InputError(
+            f"--resume: {new['model']} has other weights or configurations than when the run began; put those back, or "
+            f"choose another --output than {folder}"
+        )
     notes = []
     for name in new:
         was, given = old.get(name), new[name]
         if was == given or name in _FREE:
             continue
         text = f"{name} was {_shown(was)} and is {_shown(given)}"
-        contents = before.get("model_contents")  # None: no local files, or a checkpoint of an earlier version
-        moved = name == "model" and contents is not None and contents == now["model_contents"]
+        moved = name == "model" and contents is not None and kept
         if name not in _NOTED and not moved:
             raise InputError(f"--resume: {text}; give it as before, or choose another --output than {folder}")
         notes.append(f"resumed run: {text}")

@@ -139,6 +139,61 @@ def test_a_data_set_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked[1] == ("x", "train")
 
 
+def palette(colour: list[int]) -> Image.Image:
+    """A picture whose pixels are all 0, of a colour of its own."""
+    made = Image.new("P", (2, 2), 0)
+    made.putpalette(colour)
+    return made
+
+
+def grey(**info: Any) -> Image.Image:
+    """A picture of one grey and one black pixel, with a declared transparency."""
+    made = Image.fromarray(np.array([[0, 128]], np.uint8))
+    made.info.update(info)
+    return made
+
+
+def turned(orientation: int) -> Image.Image:
+    """A picture with an EXIF orientation."""
+    made = Image.fromarray(np.array([[0, 128]], np.uint8))
+    made.getexif()[0x0112] = orientation
+    return made
+
+
+@pytest.mark.parametrize(
+    "pictures",
+    [
+        (palette([255, 0, 0]), palette([0, 255, 0])),
+        (grey(), grey(transparency=0)),
+        (turned(1), turned(3)),
+        (Image.new("RGBA", (2, 2), (9, 9, 9, 0)), Image.new("RGBA", (2, 2), (9, 9, 9, 255))),
+    ],
+)
+def test_rows_that_look_different_have_different_keys(
+    pictures: tuple[Image.Image, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_datasets(monkeypatch, Table(image=[*pictures, pictures[0].copy()], text=["a", "a", "a"]))
+    found = open_dataset(TrainSettings(data="hf:x", resolution="2x2", background="#102030"), PICTURES)
+    assert not found.pixels(0).equal(found.pixels(1))
+    assert found.key(0) != found.key(1)
+    assert found.key(0) == found.key(2)
+
+
+def test_a_row_without_a_picture_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for content, message in (
+        (None, "row 1 of the data has no picture in the column image; take it out"),
+        ({"bytes": b""}, "row 1 of the data has a dict, not a picture, in the column image; take it out"),
+    ):
+        with_datasets(monkeypatch, Table(image=[Image.new("RGB", (2, 2)), content], text=["a", "b"]))
+        with pytest.raises(InputError) as raised:
+            open_dataset(TrainSettings(data="hf:x", resolution="2x2"), PICTURES)
+        assert str(raised.value) == message
+    with_datasets(monkeypatch, Table(image=[Image.new("F", (2, 2))], text=["a"]))
+    data = open_dataset(TrainSettings(data="hf:x", resolution="2x2"), PICTURES)
+    with pytest.raises(InputError, match=r"^row 0 of the data cannot be read: an image with floating-point values"):
+        data.pixels(0)
+
+
 @pytest.mark.parametrize(
     ("table", "message"),
     [

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from shardit.diffusion.request.images import to_eight_bits, to_mode
+from shardit.diffusion.request.images import Mode, to_eight_bits, to_mode
 from shardit.errors import InputError
 from shardit.training.data.media import Extent, Reading, array, file_digest, fit, unreadable
 
@@ -81,11 +81,11 @@ def extent_of(picture: Image.Image) -> Extent:
     return Extent(width, height, 1, notes)
 
 
-def plain(picture: Image.Image, background: str) -> Image.Image:
-    """Return a picture upright, as 8-bit RGB on the background."""
+def plain(picture: Image.Image, background: str, mode: Mode = "RGB") -> Image.Image:
+    """Return a picture upright, with 8 bits: RGB on the background, or RGBA."""
     turn, _ = orientation(picture)
     method, narrow = _TURNS[turn], _eight_bits(picture)
-    return to_mode(narrow if method is None else narrow.transpose(method), "RGB", background)
+    return to_mode(narrow if method is None else narrow.transpose(method), mode, background)
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
+from shardit.diffusion.request.images import Mode
 from shardit.errors import InputError, first_line
 from shardit.loading.missing import check_installed
 from shardit.training.data.items import Found, Item, found
@@ -35,17 +39,31 @@ class Row:
 
     def read(self, reading: Reading, width: int, height: int, frames: int) -> NDArray[np.uint8]:
         """As `Media.read`."""
-        return array([fit(plain(self._picture(), reading.background), width, height)] * frames)
+        return array([fit(self._plain(reading.background), width, height)] * frames)
 
     def digest(self) -> str:
-        """As `Media.digest`."""
-        picture = self._picture()
-        content = f"{picture.mode} {picture.size} ".encode() + picture.tobytes()
-        return hashlib.blake2b(content, digest_size=16).hexdigest()
+        """As `Media.digest`. Palette, orientation and transparency count, so it is that of the upright colours."""
+        picture = self._plain(mode="RGBA")
+        return hashlib.blake2b(f"{picture.size} ".encode() + picture.tobytes(), digest_size=16).hexdigest()
 
-    def _picture(self) -> Any:
+    def _plain(self, background: str = "white", mode: Mode = "RGB") -> Image.Image:
+        picture = self._picture()
+        with self._named():
+            return plain(picture, background, mode)
+
+    def _picture(self) -> Image.Image:
+        with self._named():
+            picture = self.table[self.number][PICTURES]
+        if not isinstance(picture, Image.Image):
+            given = "no picture" if picture is None else f"a {type(picture).__name__}, not a picture,"
+            raise InputError(f"row {self.number} of the data has {given} in the column {PICTURES}; take it out")
+        return picture
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Name the row in errors."""
         try:
-            return self.table[self.number][PICTURES]
+            yield
         except Exception as error:  # decoders raise nearly anything on damaged data
             raise InputError(f"row {self.number} of the data cannot be read: {first_line(error)}") from error
 

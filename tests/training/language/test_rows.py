@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -115,3 +116,17 @@ def test_files_that_cannot_be_read_are_errors(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=part):
             read_rows("data", str(tmp_path / name))
+
+
+def test_file_names_that_are_not_utf8_are_written_out(tmp_path: Path) -> None:
+    """So that metrics, checkpoints and messages between ranks can have them."""
+    for name in (b"\xff.txt", "a\u2028b.txt".encode(), b"\xfe.csv"):
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_text("hello")
+    found = read_rows("data", str(tmp_path))
+    assert [row.name for row in found.rows] == ["a\\u2028b.txt", "\\xff.txt"]
+    assert found.others == ["\\xfe.csv"]
+    assert json.dumps(found.rows[1].name, ensure_ascii=False).encode()
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jsonl")).write_text("{")
+    with pytest.raises(InputError) as raised:
+        read_rows("data", str(tmp_path))
+    assert str(raised.value).startswith("\\xff.jsonl:1 is not JSON")

@@ -14,6 +14,8 @@ from shardit.errors import InputError, did_you_mean
 from shardit.language.request.plain_messages import plain_messages
 from shardit.settings.checks import text_problem
 from shardit.settings.paths import user_path
+from shardit.training.data.items import portable
+from shardit.training.data.media import shown
 from shardit.training.data.sources.captions import mark_of
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".txt")
@@ -56,7 +58,7 @@ def read_rows(setting: str, value: str) -> Rows:
     if not files or not str(files[0]).lower().endswith(ENDINGS):
         raise InputError(f"{setting}: {value} has no file for a language model: give {', '.join(ENDINGS)}")
     for file in files:
-        name = file.relative_to(path).as_posix() if path.is_dir() else file.name
+        name = portable(file.relative_to(path) if path.is_dir() else file.name)
         for row in _rows_of(file, name):
             if row.messages or (row.text is not None and row.text.strip()):
                 found.rows.append(row)
@@ -77,7 +79,7 @@ def _files(folder: Path, found: Rows) -> list[Path]:
         if path.name.lower().endswith(ENDINGS):
             chosen.append(path)
         else:
-            found.others.append(name.as_posix())
+            found.others.append(portable(name))
     return chosen
 
 
@@ -98,7 +100,7 @@ def _content(file: Path) -> bytes:
     try:
         content = gzip.decompress(file.read_bytes()) if file.name.lower().endswith(".gz") else file.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{file} cannot be read ({error}): copy it again, or leave it out") from error
+        raise InputError(f"{shown(file)} cannot be read ({error}): copy it again, or leave it out") from error
     mark, encoding = mark_of(content)
     content = content[len(mark) :]
     if encoding == "utf-8":
@@ -106,7 +108,7 @@ def _content(file: Path) -> bytes:
     try:
         return content.decode(encoding).encode()
     except UnicodeError as error:
-        raise InputError(f"{file} starts as {encoding.upper()} and is not: save it as UTF-8") from error
+        raise InputError(f"{shown(file)} starts as {encoding.upper()} and is not: save it as UTF-8") from error
 
 
 def _decoded(content: bytes, where: str) -> str:

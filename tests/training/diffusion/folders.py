@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import tempfile
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from shardit.config import DiffusionParallelConfig
 from shardit.core.comm.group import GroupCoordinator
 from shardit.core.comm.mesh import Mesh, axis_sizes
+from shardit.models import tiny
 from shardit.training.diffusion.recipe import recipe
 from shardit.training.evaluation import evaluation_mode
 from shardit.training.recipe import Recipe
@@ -24,8 +26,10 @@ from tests.pipelines.of_stable_diffusion_xl import xl, xl_unet
 
 TINY = ("wan2.2-ti2v", "wan2.2-t2v", "wan2.2-i2v", "flux", "sd3.5", "qwen-image", "z-image")
 UNETS = ("sd", "sdxl", "sdxl-v")
-NAMES = (*TINY, *UNETS)
 """sd and sdxl predict the noise, sdxl-v the velocity."""
+FIRST_FRAME = "wan2.2-ti2v-i2v"
+"""TI2V as image to video: the first latent frame is given, and each token has a timestep of its own."""
+NAMES = (*TINY, FIRST_FRAME, *UNETS)
 
 
 @functools.cache
@@ -43,8 +47,22 @@ def unet_folder(name: str) -> str:
     return str(folder)
 
 
+@functools.cache
+def first_frame_folder() -> str:
+    """Return the folder of TI2V with the pipeline of image to video."""
+    folder = Path(tempfile.mkdtemp(prefix=f"shardit-{FIRST_FRAME}-")) / "model"
+    shutil.copytree(str(tiny.resolve("tiny/wan2.2-ti2v")), folder)
+    index = folder / "model_index.json"
+    none = {"image_encoder": [None, None], "image_processor": [None, None]}
+    own = json.loads(index.read_text())
+    index.write_text(json.dumps({**own, "_class_name": "WanImageToVideoPipeline", **none}))
+    return str(folder)
+
+
 def model_of(name: str) -> str:
     """Return the model of a name: a tiny one, or a folder."""
+    if name == FIRST_FRAME:
+        return first_frame_folder()
     return unet_folder(name) if name in UNETS else f"tiny/{name}"
 
 

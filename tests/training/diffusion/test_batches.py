@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
-from tests.training.diffusion.folders import recipe_of, stir
+from shardit import InputError
+from shardit.diffusion.output.encode import write_video
+from tests.training.diffusion.folders import FIRST_FRAME, recipe_of, stir
 from tests.training.diffusion.runs import accumulated
 from tests.training.models import worst
 
@@ -92,3 +95,22 @@ def test_sdxl_drops_captions_as_its_folder_says(tmp_path: Path) -> None:
     text = made.micro_batches(0, 0, 1)[0].data["text"]
     assert not text["embeds"].any()
     assert not text["pooled"].any()
+
+
+def test_a_given_first_frame_leaves_nothing_to_learn_of_a_picture(tmp_path: Path) -> None:
+    """Where it takes the place of a latent frame, the loss would be 0 / 0."""
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", (96, 64), "red").save(tmp_path / "data" / "still.png")
+    write_video([Image.new("RGB", (96, 64), (20 * n, 0, 0)) for n in range(6)], tmp_path / "data" / "clip.mp4", 8.0, {})
+    given = {"data": str(tmp_path / "data"), "accumulation": 2}
+    made = recipe_of(FIRST_FRAME, tmp_path / "run", **given)
+    assert "left out, as the model takes no clip of so few frames: still.png (1)" in made.notes
+    for batch in made.micro_batches(0, 0, 1):
+        assert batch.items == ("clip.mp4",)
+        assert batch.data["condition"]["free"].sum() > 0
+        assert made.loss(made.models["transformer"], batch.data).isfinite()
+    with pytest.raises(InputError, match=r"no sample is long enough for this model: still-0000000 \(1\)"):
+        recipe_of(FIRST_FRAME, tmp_path / "still", data="shapes:still:1")
+    with pytest.raises(InputError, match="such as 5, got 1"):
+        recipe_of(FIRST_FRAME, tmp_path / "one", num_frames=1)
+    assert recipe_of("wan2.2-i2v", tmp_path / "channels", **given).steps_per_epoch == 1  # the picture is in

@@ -65,7 +65,7 @@ def call_of(pipe: Any, name: str, latents: torch.Tensor, item: str) -> dict[str,
     }
     if name.startswith("wan"):
         call["num_frames"] = 5
-    if name == "wan2.2-i2v":
+    if name.endswith("i2v"):
         call["image"] = Image.fromarray(drawn(item).frames(width, height, 5)[0])
     takes = inspect.signature(type(pipe).__call__).parameters
     return {key: value for key, value in call.items() if key in takes and value is not None}

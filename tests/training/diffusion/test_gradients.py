@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from tests.support.ranks import run_ranks
-from tests.training.diffusion.folders import TINY, UNETS, model_of
+from tests.training.diffusion.folders import FIRST_FRAME, TINY, UNETS, model_of
 from tests.training.diffusion.runs import gradients
 
-FOLDERS = {name: model_of(name) for name in UNETS}
+FOLDERS = {name: model_of(name) for name in (*UNETS, FIRST_FRAME)}
 
 
 def check(of_ranks: list[Any], names: tuple[str, ...]) -> None:
@@ -25,7 +25,7 @@ def check(of_ranks: list[Any], names: tuple[str, ...]) -> None:
         assert len(of_ranks[0][name]) == (2 if name in ("wan2.2-t2v", "wan2.2-i2v") else 1)
 
 
-@pytest.mark.parametrize("names", [TINY[:3], TINY[3:5], TINY[5:], UNETS])
+@pytest.mark.parametrize("names", [TINY[:3], (FIRST_FRAME, *TINY[3:5]), TINY[5:], UNETS])
 def test_a_lora_over_two_stages(names: tuple[str, ...]) -> None:
     check(run_ranks(2, gradients, list(names), FOLDERS, timeout=200), names)
 

@@ -12,9 +12,10 @@ from PIL import Image
 
 from shardit import InputError
 from shardit.models import tiny
+from shardit.training.data.shapes import drawing
 from shardit.training.diffusion import samples
 from tests.support.ranks import run_ranks
-from tests.training.diffusion.folders import model_of, recipe_of, samples_of, stir
+from tests.training.diffusion.folders import FIRST_FRAME, model_of, recipe_of, samples_of, stir
 from tests.training.diffusion.runs import raw_video, sampled
 
 PROMPTS = ("a red cat on a boat", "")
@@ -41,6 +42,21 @@ def test_a_sample_is_that_of_the_plain_pipeline(name: str, tmp_path: Path) -> No
         generator = torch.Generator().manual_seed(3 + number)
         expected = pipe(prompt=prompt, generator=generator, **call).images[0]
         assert np.array_equal(pixels_of(files[number]), np.asarray(expected)), prompt
+
+
+def test_a_sample_with_a_given_first_frame_is_that_of_the_plain_pipeline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(samples, "write_video", raw_video)
+    made = recipe_of(FIRST_FRAME, tmp_path, sample_prompts=PROMPTS[:1], seed=3)
+    (file,) = samples_of(made, tmp_path / "samples")
+    pipe: Any = tiny.load_plain(model_of(FIRST_FRAME))
+    pipe.set_progress_bar_config(disable=True)
+    image = Image.fromarray(drawing(0, kind="moving").frames(64, 96, 5)[0])
+    size = {"width": 64, "height": 96, "num_frames": 5}
+    generator = torch.Generator().manual_seed(3)
+    expected = pipe(image=image, prompt=PROMPTS[0], generator=generator, output_type="pil", **size).frames[0]
+    assert np.array_equal(pixels_of(file), np.stack([np.asarray(frame) for frame in expected]))
 
 
 def test_text_encoders_that_are_trained_make_samples(tmp_path: Path) -> None:

@@ -116,7 +116,9 @@ def format_of(parts: Parts) -> Format:
     width, height, frames = own_size(parts)
     if not parts.family.video:
         return Format(width, height, multiple)
-    return Format(width, height, multiple, frames, lambda count: count % apart == 1 % apart)
+    # A first latent frame that is given leaves nothing of a single frame to predict.
+    least = 2 if parts.family.first_frame and parts.encoding.config.get("expand_timesteps") else 1
+    return Format(width, height, multiple, frames, lambda count: count >= least and count % apart == 1 % apart)
 
 
 def sized(settings: TrainSettings, parts: Parts, *, held_out: bool = False) -> Sized:

@@ -11,6 +11,9 @@ from shardit.settings.checks import NAME, Check, matching, number, whole
 from shardit.settings.declare import Flag, declare
 from shardit.training.limits import SCHEDULES
 
+STEPS = 1000
+"""Optimizer steps if neither steps nor epochs are given."""
+
 OPTIMIZERS = ("adamw", "adamw8bit", "sgd", "prodigy", "adafactor")
 RATES = ("constant", "cosine", "linear")
 """The courses of the learning rate."""
@@ -25,7 +28,9 @@ class TrainSettings:
     """One run of training."""
 
     model: str = declare("", "Hub id, folder or tiny/NAME: a diffusers pipeline or a causal language model.")
-    data: str = declare("", "Folder, JSONL file, shapes:moving or shapes:still.")
+    data: str = declare(
+        "", "Folder, JSONL file, hf:NAME, shapes:moving, shapes:centred, shapes:diagonal or shapes:still."
+    )
     output: Path | None = declare(None, "Folder of the run: checkpoints, metrics, samples and the result.")
 
     # what is trained

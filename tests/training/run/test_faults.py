@@ -62,6 +62,11 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     assert "cannot be made: Not a directory" in ended(tmp_path / "file" / "run", InputError)
 
 
+def test_a_warm_up_that_is_longer_than_the_epochs(tmp_path: Path) -> None:
+    text = ended(tmp_path / "run", InputError, epochs=1, warmup_steps=50)
+    assert text == "warmup_steps=50 is more than steps=6 (1 epoch): give fewer, or more epochs"
+
+
 def test_unreadable_data_before_the_first_step(tmp_path: Path) -> None:
     assert "text-3.txt is no text" in ended(tmp_path / "run", InputError, model="toy refuse:1:1", **TWO)
 

@@ -28,7 +28,7 @@ from shardit.training.run.steps.optimizers import (
     state_of,
     try_optimizer,
 )
-from shardit.training.run.steps.rates import rate
+from shardit.training.run.steps.rates import check_warmup, rate
 from shardit.training.run.steps.sharded import share_out
 from shardit.training.run.steps.trained import step_seed
 from shardit.training.settings import TrainSettings
@@ -53,6 +53,14 @@ def _compare_rates(name: str, of_diffusers: str, warmup: int) -> None:
         assert rate(settings, step, 20) == pytest.approx(plain.get_last_lr()[0], abs=1e-15)
         optimizer.step()
         plain.step()
+
+
+def test_a_warm_up_ends_within_the_run() -> None:
+    check_warmup(TrainSettings(warmup_steps=20), 20)
+    with pytest.raises(InputError, match=r"warmup_steps=21 is more than steps=20: give fewer, or more steps"):
+        check_warmup(TrainSettings(warmup_steps=21), 20)
+    with pytest.raises(InputError, match=r"more than steps=20 \(2 epochs\): give fewer, or more epochs"):
+        check_warmup(TrainSettings(warmup_steps=21, epochs=2), 20)
 
 
 def parameters(count: int = 2) -> dict[str, nn.Parameter]:

@@ -12,6 +12,7 @@ import pytest
 
 from shardit import InputError, cli
 from shardit.config import DiffusionParallelConfig
+from shardit.training.data.shapes import KINDS
 from shardit.training.run.options import toml
 from shardit.training.run.options.check import check, check_paths
 from shardit.training.run.options.flags import TrainFlags
@@ -164,10 +165,17 @@ def test_mistakes_on_the_command_line(capsys: pytest.CaptureFixture[str], tmp_pa
     assert "pip install tensorboard" in refused("--tensorboard")
     assert "pipeline_chunks=3" in refused("--pipeline-chunks", "3")
     assert "warmup_steps=9 is more than steps=3" in refused("--warmup-steps", "9", "--steps", "3")
+    assert "warmup_steps=5000 is more than steps=1000" in refused("--warmup-steps", "5000")
     assert "--model" in train(capsys, "--data", "shapes:moving", "--output", "x")
     assert "is given twice" in refused("--steps", "1", "--steps", "2")
     assert "--full is given twice" in refused("--full", "--no-full")
     assert not (tmp_path / "new").exists()
+
+
+def test_the_help_names_all_data_that_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(one in text for one in ("hf:NAME", *(f"shapes:{kind}" for kind in KINDS)))
 
 
 def test_the_output_is_outside_of_the_data(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

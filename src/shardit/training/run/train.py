@@ -21,14 +21,11 @@ from shardit.training.run.places import AVERAGE, CHECKPOINTS, SAMPLES
 from shardit.training.run.report import Report
 from shardit.training.run.resume import compare, record_of
 from shardit.training.run.steps.optimizers import try_optimizer
-from shardit.training.run.steps.rates import rate
+from shardit.training.run.steps.rates import check_warmup, rate
 from shardit.training.run.steps.shares import Shares, draw
 from shardit.training.run.steps.trained import Trained
 from shardit.training.run.steps.validation import held_out_loss, samples
-from shardit.training.settings import TrainSettings
-
-STEPS = 1000
-"""Optimizer steps if neither steps nor epochs are given."""
+from shardit.training.settings import STEPS, TrainSettings
 
 
 def train(
@@ -70,6 +67,7 @@ class Run:
         self.settings, self.mesh, self.recipe, self.output = settings, mesh, recipe, settings.output
         self.world = GroupCoordinator.of_mesh(mesh)["world"]
         self.steps = steps_of(settings, recipe)
+        check_warmup(settings, self.steps)
         self.record = record_of(settings, config, recipe)
         self.start = self.world.broadcast_object(self._newest())
         if isinstance(self.start, InputError):

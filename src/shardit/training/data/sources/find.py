@@ -10,7 +10,7 @@ from shardit.training.data.sources.folder import ROWS, folder_items
 from shardit.training.data.sources.hub import hub_items
 from shardit.training.data.sources.rows import row_items
 
-_WAYS = "a folder, a .jsonl file, hf:NAME, shapes:moving or shapes:still"
+_WAYS = "a folder, a .jsonl file, hf:NAME, shapes:moving, shapes:centred, shapes:diagonal or shapes:still"
 
 
 def find_items(source: str, *, held_out: bool = False) -> Found:

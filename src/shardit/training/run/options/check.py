@@ -20,7 +20,8 @@ from shardit.settings.paths import user_path
 from shardit.training.data.shapes import kind_and_count
 from shardit.training.limits import check_degrees
 from shardit.training.run.places import METRICS
-from shardit.training.settings import TrainSettings
+from shardit.training.run.steps.rates import check_warmup
+from shardit.training.settings import STEPS, TrainSettings
 
 DIFFUSION, LANGUAGE = "shardit.training.diffusion.recipe", "shardit.training.language.recipe"
 """The modules that make the recipe of a kind of model."""
@@ -51,7 +52,7 @@ def _check_given(settings: TrainSettings) -> None:
     """Raise InputError for what is missing, and for texts that are none."""
     for name, what in (
         ("model", "name a hub id, a folder or tiny/NAME"),
-        ("data", "name a folder, a JSONL file, shapes:moving or shapes:still"),
+        ("data", "name a folder, a JSONL file, hf:NAME or shapes:moving"),
         ("output", "name the folder of the run"),
     ):
         if not getattr(settings, name):
@@ -59,10 +60,8 @@ def _check_given(settings: TrainSettings) -> None:
     for name in ("model", "data", "validation_data", "sample_prompts", "lora_targets"):
         if problem := text_problem(getattr(settings, name)):
             raise InputError(f"--{name.replace('_', '-')} must be {problem}")
-    if settings.steps is not None and settings.warmup_steps > settings.steps:
-        raise InputError(
-            f"warmup_steps={settings.warmup_steps} is more than steps={settings.steps}: give fewer, or more steps"
-        )
+    if settings.epochs is None:  # their steps are known when the data have been read
+        check_warmup(settings, settings.steps or STEPS)
 
 
 def check_paths(settings: TrainSettings) -> None:

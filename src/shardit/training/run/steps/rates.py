@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from shardit.errors import InputError
 from shardit.training.settings import TrainSettings
 
 
@@ -22,3 +23,14 @@ def rate(settings: TrainSettings, step: int, steps: int) -> float:
     if settings.lr_schedule == "linear":
         return settings.learning_rate * (1 - done)
     return settings.learning_rate
+
+
+def check_warmup(settings: TrainSettings, steps: int) -> None:
+    """Raise InputError for a warm-up that is longer than the run of so many steps."""
+    if settings.warmup_steps <= steps:
+        return
+    why = "" if settings.epochs is None else f" ({settings.epochs} {'epoch' if settings.epochs == 1 else 'epochs'})"
+    raise InputError(
+        f"warmup_steps={settings.warmup_steps} is more than steps={steps}{why}: give fewer, or more "
+        f"{'steps' if settings.epochs is None else 'epochs'}"
+    )

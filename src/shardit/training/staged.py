@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shardit.config import DiffusionParallelConfig, config_of, fitting_partition
+from shardit.config import DiffusionParallelConfig, config_of
 from shardit.core.comm.mesh import Mesh, init_mesh
 from shardit.core.comm.p2p import Comm
 from shardit.core.modules.block_calls import install
@@ -18,20 +19,22 @@ from shardit.core.modules.blocks import CutModel, find_blocks
 from shardit.core.modules.compiled import compiled_around, unwrap_parts
 from shardit.core.modules.hints import Plan
 from shardit.core.modules.patching import SWAPPED
-from shardit.core.placement.partition import block_cost, place_blocks
 from shardit.core.runtime.digests import digests
 from shardit.core.runtime.randomness import generators_kept
 from shardit.core.training.cut_loss import CutLoss
 from shardit.core.training.gradients.holdings import norm_of
 from shardit.core.training.gradients.sums import GradientSums, sum_gradients
-from shardit.core.training.schedules import CHUNKED, DEFERRING
+from shardit.core.training.schedules import DEFERRING
 from shardit.core.training.segment import StepData
 from shardit.errors import InputError, UnsupportedError
 from shardit.training.limits import check_degrees
+from shardit.training.placing import placing
 from shardit.training.plan_step import StepPlan, plan_step
 from shardit.training.save import save_model
 
 Loss = Callable[[Any, Any], torch.Tensor]
+
+_log = logging.getLogger("shardit")
 
 
 def stages(
@@ -92,23 +95,9 @@ class Stages:
         cut = CutModel(model, blocks, [0] * len(blocks))
         if comm.size > 1:
             install(blocks, cut.calls)
-        chunks = (config.pipeline_chunks or 2) if schedule in CHUNKED else 1
-        partition = fitting_partition(config, os.environ, len(blocks)) if comm.size > 1 else None
-        if partition is not None and len(partition) != comm.size * chunks:
-            raise InputError(
-                f"layer_partition has {len(partition)} entries: schedule={schedule!r} over {comm.size} stages needs "
-                f"{comm.size * chunks}"
-            )
-
-        def place(order: Sequence[int]) -> list[int]:
-            """Return the chunk of each block."""
-            if comm.size == 1:
-                return [0] * len(blocks)
-            costs = [block_cost(blocks[number][1]) for number in order]
-            sizes = place_blocks(costs, comm.size, chunks, partition).sizes
-            of_place = [chunk for chunk, size in enumerate(sizes) for _ in range(size)]
-            return [of_place[list(order).index(number)] for number in range(len(blocks))]
-
+        place = placing(model, [block for _, block in blocks], config, schedule)
+        if place.note is not None and mesh.rank == 0:
+            _log.warning("%s", place.note)
         self.cut_loss = CutLoss(cut, loss, comm, schedule, place, plan)
         self._sums: GradientSums | None = None
 

@@ -37,6 +37,15 @@ def _draws_between(model: Any, x: torch.Tensor) -> torch.Tensor:
     return h.mean()
 
 
+def _through_numpy(model: Any, x: torch.Tensor) -> torch.Tensor:
+    h = model.embed(x)
+    for number, block in enumerate(model.blocks):
+        h = block(h)
+        if number == 0:
+            model.kept = h.detach().numpy().mean()
+    return h.mean() + float(model.kept)
+
+
 def _writes_to_its_batch(model: Any, x: torch.Tensor) -> torch.Tensor:
     x += 1
     return model(x).mean()
@@ -54,7 +63,15 @@ def cases() -> dict[str, tuple[Task, str]]:
     plain = odd("plain")
     return {
         "reentrant": (odd("reentrant"), "use_reentrant=False"),
-        "numpy": (odd("numpy"), "neither an argument nor an output of a block"),
+        "numpy": (
+            odd("numpy"),
+            "so something made of the output of blocks.0 crosses a cut and is neither an argument nor an output of "
+            "a block",
+        ),
+        "attribute": (
+            replace(plain, loss=_through_numpy),
+            "so something made of the output of blocks.0 crosses a cut and is neither",
+        ),
         "teacher after": (replace(wan(), loss=_teacher_after), "without gradients after a call with gradients"),
         "reads between": (replace(plain, loss=_reads_between), "reads a value on the host"),
         "draws between": (replace(plain, loss=_draws_between), "draws random numbers between block calls"),

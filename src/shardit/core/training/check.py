@@ -12,7 +12,7 @@ import torch
 from shardit.core.comm.p2p import Comm
 from shardit.core.training.course import Course
 from shardit.core.training.segment import LossRun, Segment, StepData
-from shardit.errors import RankError, UnsupportedError
+from shardit.errors import RankError, UnsupportedError, listed
 
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest relative difference by the type of the loss; layouts, and so rounding, may change at a cut."""
@@ -22,9 +22,11 @@ def check_course(run: LossRun, course: Course, comm: Comm, step: StepData, expec
     """Run the only micro-batch of `step` segment after segment. Collective; raises UnsupportedError on all stages."""
     received: list[torch.Tensor] = []
     got, problem = math.nan, None
+    of_segment: dict[int, list[torch.Tensor]] = {}
     for number, owner in enumerate(course.owners):
         out: tuple[torch.Tensor, ...] = ()
         if owner == comm.rank and problem is None:
+            of_segment[number] = received
             try:
                 out = _run(run, Segment(run, course, number, blank=math.nan), received, step)
             except RankError:
@@ -43,10 +45,36 @@ def check_course(run: LossRun, course: Course, comm: Comm, step: StepData, expec
     if problem is None and not _same(float(expected), got, expected.dtype, course.draws):
         problem = f"the loss is {got:.7g}, not {float(expected):.7g}"
     if problem is not None:
+        mine = [(number, _leaking(run, course, number, given, step)) for number, given in of_segment.items()]
+        found = sorted(one for of_rank in comm.group.gather_objects(mine) for one in of_rank if one[1])
+        what = f"something made of the output of {listed(found[0][1])}" if found else "something"
         raise UnsupportedError(
             f"{run.cut.name} cannot be cut at its block calls for this loss: with placeholders for the blocks of other "
-            f"stages {problem}, so something that crosses a cut is neither an argument nor an output of a block"
+            f"stages {problem}, so {what} crosses a cut and is neither an argument nor an output of a block"
         )
+
+
+def _leaking(run: LossRun, course: Course, number: int, received: list[torch.Tensor], step: StepData) -> list[str]:
+    """Return the names of blocks before a segment whose outputs it reads, though they were not handed to it: another
+    content of their placeholders changes its result."""
+
+    def result(only: int) -> tuple[torch.Tensor, ...] | None:
+        try:
+            return _run(run, Segment(run, course, number, math.nan, only), received, step)
+        except Exception:  # of the model, for which the content is wrong
+            return None
+
+    zeros = result(-1)
+    if zeros is None:
+        return []
+    sites = [site for site in range(course.segments[number][0]) if not _equal(zeros, result(site))]
+    return list(dict.fromkeys(run.cut.blocks[course.sites[site].block][0] for site in sites))
+
+
+def _equal(one: tuple[torch.Tensor, ...], other: tuple[torch.Tensor, ...] | None) -> bool:
+    return other is not None and all(
+        torch.allclose(a, b, 0, 0, equal_nan=True) for a, b in zip(one, other, strict=True)
+    )
 
 
 def _run(run: LossRun, segment: Segment, received: list[torch.Tensor], step: StepData) -> tuple[torch.Tensor, ...]:

@@ -64,11 +64,11 @@ class LossRun:
 
 class Segment(nn.Module):
     """Segment number `number` of the losses of one course. blank: the content of placeholders; zeros, since a NaN
-    times zero is a NaN in a backward."""
+    times zero is a NaN in a backward. only: the block call whose placeholders have it, others have zeros; None: all."""
 
-    def __init__(self, run: LossRun, course: Course, number: int, blank: float = 0.0):
+    def __init__(self, run: LossRun, course: Course, number: int, blank: float = 0.0, only: int | None = None):
         super().__init__()
-        self.blank = blank
+        self.blank, self.only = blank, only
         self.run, self.course, self.number = run, course, number
         self.first, self.last = course.segments[number]
         self.into = course.cuts[number - 1] if number else ()
@@ -174,13 +174,14 @@ class Segment(nn.Module):
             elif shape in alike:
                 leaves.append(alike[shape])
             else:
-                leaves.append(alike.setdefault(shape, self._blank(leaf)))
+                leaves.append(alike.setdefault(shape, self._blank(number, leaf)))
         return leaves
 
-    def _blank(self, leaf: Leaf) -> torch.Tensor:
+    def _blank(self, site: int, leaf: Leaf) -> torch.Tensor:
         assert leaf.dtype is not None
         blank = torch.empty_strided(leaf.size, leaf.stride, dtype=leaf.dtype, device=self.run.device)
-        return blank.fill_(self.blank) if leaf.dtype.is_floating_point else blank.zero_()
+        wanted = leaf.dtype.is_floating_point and self.only in (None, site)
+        return blank.fill_(self.blank) if wanted else blank.zero_()
 
     def _place(self) -> None:
         """At the cut: write late tensors over the content of the tensors at their addresses, set the generators."""

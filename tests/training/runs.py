@@ -44,10 +44,10 @@ def one_step(chosen: Task, count: int, options: dict[str, Any]) -> dict[str, Any
     }
 
 
-def cases_right(rank: int, size: int, method: str, names: list[str], **options: Any) -> dict[str, Any]:
+def cases_right(rank: int, size: int, method: str, names: list[str], count: int = 3, **options: Any) -> dict[str, Any]:
     """Compare one step of each case with one rank."""
     from tests.training.cases import cases
 
     join(rank, size, method)
     known = cases()
-    return {name: one_step(known[name], 3, {"pipeline_parallel_size": size, **options}) for name in names}
+    return {name: one_step(known[name], count, {"pipeline_parallel_size": size, **options}) for name in names}

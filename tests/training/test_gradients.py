@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,9 +13,10 @@ from transformers import BatchEncoding
 from shardit import training
 from shardit.core.training.schedules import DEFERRING
 from shardit.training.limits import SCHEDULES
+from tests.language import families
 from tests.support.ranks import run_ranks
-from tests.training.cases import cases, odd
-from tests.training.models import accumulate, task, worst
+from tests.training.cases import Odd, cases, odd
+from tests.training.models import Task, accumulate, task, worst
 from tests.training.runs import cases_right, join, one_step
 
 CLOSE = 2e-6
@@ -86,8 +88,35 @@ def test_what_training_meets(size: int) -> None:
 
 @pytest.mark.parametrize("schedule", ["zbv", "interleaved-zb"])
 def test_what_training_meets_with_deferred_weight_gradients(schedule: str) -> None:
+    """Among it weights that are used twice."""
     names = [name for name in cases() if name != "two calls" or schedule != "zbv"]  # zbv would turn round twice
-    check(run_ranks(2, functools.partial(cases_right, schedule=schedule), names, timeout=240), len(names))
+    check(run_ranks(2, functools.partial(cases_right, count=4, schedule=schedule), names, timeout=240), len(names))
+
+
+def deep(name: str) -> Task:
+    """A task with eight blocks, so that each of four stages may have two chunks."""
+    if name == "llama":
+        return replace(task(name), build=lambda: families.make(name, num_hidden_layers=8))
+
+    def build() -> torch.nn.Module:
+        torch.manual_seed(3)
+        return Odd(name, depth=8)
+
+    return replace(odd(name), build=build)
+
+
+def of_four_stages(rank: int, size: int, method: str, schedule: str, counts: tuple[int, ...]) -> dict[str, Any]:
+    join(rank, size, method)
+    options = {"pipeline_parallel_size": size, "schedule": schedule}
+    names = ("llama", "plain", "made between", "tied blocks", "tied ends", "each block twice")
+    return {f"{name} {count}": one_step(deep(name), count, options) for name in names for count in counts}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_each_schedule_on_four_stages(schedule: str) -> None:
+    found = run_ranks(4, of_four_stages, schedule, (4, 7), timeout=240)
+    check(found, 12)
 
 
 def test_the_comparison_sees_a_wrong_gradient() -> None:

@@ -44,6 +44,7 @@ def ended(output: Path, error: type[Exception], **given: Any) -> str:
 @pytest.mark.parametrize("given", [TWO, REPLICAS])
 def test_a_dead_rank_ends_all(given: dict[str, Any], tmp_path: Path) -> None:
     text = ended(tmp_path / "run", RankError, model="toy kill:1:3", **given)
+    assert time.time() - (tmp_path / "run" / "metrics.jsonl").stat().st_mtime < 10  # after the last step
     assert text.startswith("rank 1 failed: killed by signal 9")
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2]
 

@@ -75,6 +75,23 @@ def test_five_steps_and_sigkill_and_seven_are_twelve(whole: Path, tmp_path: Path
     assert [one.step for one in find(output)] == [12, 10]
 
 
+@pytest.mark.parametrize("file", ["stage-0.pt", "run.json"])
+def test_sigkill_while_a_checkpoint_is_written(file: str, whole: Path, tmp_path: Path) -> None:
+    """The run goes on at the checkpoint before, to the same bits."""
+    output = tmp_path / "run"
+    with pytest.raises(RankError, match="killed by signal 9"):
+        run(output, model=f"toy torn:{file}:10", save_every=5, accumulation=4, **COMMON)
+    (torn,) = (output / "checkpoints").glob(f".partial-*/{file}")
+    assert torn.stat().st_size > 0
+    assert [one.step for one in find(output)] == [5]
+    rename_model(output)
+    go_on(output, accumulation=4)
+    assert same(weights(output), weights(whole))
+    assert same(weights(output / "ema"), weights(whole / "ema"))
+    assert rows(output) == rows(whole)
+    assert not list((output / "checkpoints").glob(".partial-*"))
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [

@@ -16,6 +16,7 @@ from torch import nn
 from shardit.core.comm.mesh import Mesh
 from shardit.errors import InputError
 from shardit.training.recipe import MicroBatch, Recipe
+from shardit.training.run import checkpoint
 from shardit.training.settings import TrainSettings
 from tests.language import families
 
@@ -23,6 +24,7 @@ from tests.language import families
 class Toy:
     """The data is "toy:N", N texts. The model is "toy" with words such as "nan:3", which say what happens in a step,
     counted from 1: nan:STEP, slow:SECONDS, kill:RANK:STEP, refuse:RANK:STEP, raise:RANK:STEP; "experts": two models;
+    torn:FILE:STEP: SIGKILL in the middle of writing a file of a checkpoint;
     "still": without dropout; "last": only the last block is trained; draws:PATH: each rank writes the noises that its
     losses draw."""
 
@@ -31,6 +33,8 @@ class Toy:
         self.words = dict((*word.split(":", 1), "")[:2] for word in settings.model.split())
         self.count = int(settings.data.partition(":")[2])
         self.drawn: list[float] = []
+        if "torn" in self.words:
+            tear(*self.words["torn"].split(":"))
         names = ("high", "low") if "experts" in self.words else ("decoder",)
         self.models: dict[str, nn.Module] = {name: made("still" in self.words) for name in names}
         for model in self.models.values() if "last" in self.words else ():
@@ -128,6 +132,19 @@ def made(still: bool) -> nn.Module:
 
 def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def tear(name: str, step: str) -> None:
+    """Let this process die when half of a file of the checkpoint of a step is on the disk."""
+    whole = checkpoint._write
+
+    def write(path: Path, write: Any) -> None:
+        whole(path, write)
+        if path.name == name and int(path.parent.name.rpartition("-")[2]) == int(step):
+            os.truncate(path, path.stat().st_size // 2)
+            kill()
+
+    checkpoint._write = write
 
 
 def refuse() -> None:

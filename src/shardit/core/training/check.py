@@ -72,9 +72,9 @@ def _leaking(run: LossRun, course: Course, number: int, received: list[torch.Ten
 
 
 def _equal(one: tuple[torch.Tensor, ...], other: tuple[torch.Tensor, ...] | None) -> bool:
-    return other is not None and all(
-        torch.allclose(a, b, 0, 0, equal_nan=True) for a, b in zip(one, other, strict=True)
-    )
+    if other is None:
+        return False
+    return all(torch.allclose(a, b, 0, 0, equal_nan=True) for a, b in zip(one, other, strict=True))
 
 
 def _run(run: LossRun, segment: Segment, received: list[torch.Tensor], step: StepData) -> tuple[torch.Tensor, ...]:

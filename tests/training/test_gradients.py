@@ -14,6 +14,7 @@ from shardit import training
 from shardit.core.training.schedules import DEFERRING
 from shardit.training.limits import SCHEDULES
 from tests.language import families
+from tests.support import survey_models
 from tests.support.ranks import run_ranks
 from tests.training.cases import Odd, cases, odd
 from tests.training.models import Task, accumulate, task, worst
@@ -95,8 +96,11 @@ def test_what_training_meets_with_deferred_weight_gradients(schedule: str) -> No
 
 def deep(name: str) -> Task:
     """A task with eight blocks, so that each of four stages may have two chunks."""
-    if name == "llama":
+    if name in TEXTS:
         return replace(task(name), build=lambda: families.make(name, num_hidden_layers=8))
+    if name in PICTURES:
+        entry = survey_models.entry(name)
+        return replace(task(name), build=replace(entry, config={**entry.config, "num_layers": 8}).build)
 
     def build() -> torch.nn.Module:
         torch.manual_seed(3)
@@ -108,7 +112,7 @@ def deep(name: str) -> Task:
 def of_four_stages(rank: int, size: int, method: str, schedule: str, counts: tuple[int, ...]) -> dict[str, Any]:
     join(rank, size, method)
     options = {"pipeline_parallel_size": size, "schedule": schedule}
-    names = ("llama", "plain", "made between", "tied blocks", "tied ends", "each block twice")
+    names = (*PICTURES, "llama", "mixtral", "plain", "made between", "tied blocks", "tied ends", "each block twice")
     return {f"{name} {count}": one_step(deep(name), count, options) for name in names for count in counts}
 
 
@@ -116,7 +120,7 @@ def of_four_stages(rank: int, size: int, method: str, schedule: str, counts: tup
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_each_schedule_on_four_stages(schedule: str) -> None:
     found = run_ranks(4, of_four_stages, schedule, (4, 7), timeout=240)
-    check(found, 12)
+    check(found, 22)
 
 
 def test_the_comparison_sees_a_wrong_gradient() -> None:

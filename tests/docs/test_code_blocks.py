@@ -1,6 +1,7 @@
 """Every code block of README.md and docs/ runs: Python as it is, commands up to the start of their ranks.
 
-Clients of a server, Python with OpenAI's library and curl, run in test_serving_docs.py.
+Clients of a server, Python with OpenAI's library and curl, run in test_serving_docs.py; the way from clips to a LoRA
+runs in test_training_docs.py.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ NOT_RUN = {
 TEXT = {
     "docs/api.md": "signatures; test_api_page.py compares them",
     "docs/how-it-works.md": "an annotated forward, a diagram",
+    "docs/training.md": "a folder, the lines of a run; test_training_docs.py compares them",
 }
 """Pages with blocks of plain text, and their contents."""
 
@@ -83,6 +85,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         if block.language == "toml":
             Path(block.text.splitlines()[0].removeprefix("# ")).write_text(block.text, "utf-8")
     Path("rows.jsonl").write_text('{"text": "Once upon a time"}\n', "utf-8")
+    Path("my_clips").mkdir()
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     return tmp_path
 
@@ -107,7 +110,10 @@ def test_exceptions_exist() -> None:
 
 def python(kind: str) -> list[Block]:
     """The Python blocks whose ranks are processes of an `Omni` or `LLM`, or are started by torchrun."""
-    of_python = [block for block in blocks() if block.language == "python" and "OpenAI(" not in block.text]
+    elsewhere = ("OpenAI(", 'load_lora_weights("my_lora")')
+    of_python = [
+        one for one in blocks() if one.language == "python" and not any(text in one.text for text in elsewhere)
+    ]
     starts = [any(f"{name}(" in block.text for name in ("Omni", "LLM")) for block in of_python]
     return [block for block, starting in zip(of_python, starts, strict=True) if starting == (kind == "omni")]
 

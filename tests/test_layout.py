@@ -176,7 +176,7 @@ def test_the_server_imports_no_torch() -> None:
 
 BUDGET = {
     ".": 1315,
-    "core": 7330,
+    "core": 7351,
     "diffusion": 3990,
     "engine": 3060,
     "language": 2800,
@@ -185,7 +185,7 @@ BUDGET = {
     "parallel": 4830,
     "server": 5310,
     "settings": 450,
-    "training": 3915,
+    "training": 3981,
 }
 """Lines of code of each folder, as `make size` counts them; a number is raised on purpose, or not at all."""
 

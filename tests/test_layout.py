@@ -64,17 +64,46 @@ def test_modules_named_in_strings_exist() -> None:
                 assert importlib.util.find_spec(node.value.partition(":")[0]) is not None, (name, node.value)
 
 
+def _arrows(folder: str) -> dict[str, set[str]]:
+    """The imports among the files and folders of a folder, where a folder stands for all that is in it."""
+    depth = folder.count(".") + 1
+    arrows: dict[str, set[str]] = defaultdict(set)
+    for name in trees():
+        if name.startswith(f"{folder}."):
+            inside = {one for one in imports(name) if one.startswith(f"{folder}.")}
+            child = name.split(".")[depth]
+            arrows[child] |= {one.split(".")[depth] for one in inside} - {child}
+    return arrows
+
+
 def test_imports_have_no_circle() -> None:
-    """Among the files and folders of any folder, where a folder stands for all that is in it."""
     for folder in {name.rpartition(".")[0] for name in trees()} - {""}:
-        depth = folder.count(".") + 1
-        arrows: dict[str, set[str]] = defaultdict(set)
-        for name in trees():
-            if name.startswith(f"{folder}."):
-                inside = {one for one in imports(name) if one.startswith(f"{folder}.")}
-                child = name.split(".")[depth]
-                arrows[child] |= {one.split(".")[depth] for one in inside} - {child}
-        assert not (circle := _circle(arrows)), f"{folder}: {' -> '.join(circle)}"
+        assert not (circle := _circle(_arrows(folder))), f"{folder}: {' -> '.join(circle)}"
+
+
+def _upward(table: str, arrows: dict[str, set[str]]) -> list[str]:
+    """The imports of a row of a table of the map from a row above it, and what has no row."""
+    rows = [re.findall(r"`([\w*]+)(?:/|\.py)`", line.split("|")[1]) for line in table.splitlines() if "|" in line]
+    place = {name: row for row, names in enumerate(rows) for name in names}
+    places = {child: place.get(child, place.get("*", -1)) for child in {*arrows, *set().union(*arrows.values())}}
+    found = [f"{child} has no row" for child in places if places[child] < 0]
+    return found + [f"{a} -> {b}" for a in arrows for b in arrows[a] if places[b] < places[a]]
+
+
+def test_imports_point_down_the_tables_of_the_map() -> None:
+    page = (ROOT.parent.parent / "docs/map.md").read_text("utf-8").partition("## The rest")[0]
+    tables = re.findall(r"^(?:## The package, `src/(\w+)/`|`(\w+)/`.*:)\n\n((?:\|.*\n)+)", page, re.M)
+    assert [inner for _, inner, _ in tables] == ["", "core", "parallel", "diffusion", "engine", "server"]
+    for outer, inner, table in tables:
+        folder = outer or f"shardit.{inner}"
+        assert not (found := _upward(table, _arrows(folder))), (folder, found)
+
+
+def test_an_upward_import_is_found() -> None:
+    table = "| `a/`, `b.py` | text |\n| `*.py` | `c/` |\n"
+    assert not _upward(table, {"a": {"b", "c"}, "b": {"a"}})
+    assert _upward(table, {"c": {"a"}}) == ["c -> a"]
+    assert _upward("| `a/` | `c/` |\n", {"a": set(), "c": {"a"}})[0] == "c has no row"
 
 
 def _circle(arrows: dict[str, set[str]]) -> list[str]:

@@ -152,6 +152,8 @@ def test_files_named_in_docs_exist() -> None:
 
 
 FAMILIES = ("diffusers", "transformers", "peft", "accelerate")
+ARGUMENTS = re.compile(r"^(negative_)?prompt|attention_kwargs|hidden_states|^context$|rotary|^rope|^guidance|^timestep")
+"""Names of arguments that a model family gives its classes; a task hands over those that matter."""
 
 
 def test_core_and_parallel_know_no_model_family() -> None:
@@ -169,8 +171,17 @@ def test_core_and_parallel_know_no_model_family() -> None:
             elif isinstance(node, ast.Constant) and id(node) not in docstrings:
                 found = [str(node.value)]
             assert not any(one.partition(".")[0] in FAMILIES or one in CLASSES for one in found), (name, found)
+            assert not any(re.search(ARGUMENTS, one) for one in found), (name, found)
         inside = r"shardit\.(core|config|errors)\b" if name.startswith("shardit.core.") else r"shardit\.(?!diffusion\b)"
         assert all(re.match(inside, one) for one in imports(name)), name
+
+
+def test_modules_change_nothing_of_others_at_import() -> None:
+    """A model family hands over what core needs of it, when a model becomes parallel."""
+    for name, tree in trees().items():
+        for node in tree.body:
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+                assert isinstance(node.value.func, ast.Name), (name, node.lineno)
 
 
 def test_language_models_need_nothing_of_pipelines() -> None:

@@ -22,6 +22,7 @@ from shardit.core.comm.wire import (
     storage_bytes,
     view_bytes,
 )
+from shardit.core.placement.assignment import Cut
 from shardit.core.placement.partition import place_blocks
 from shardit.core.runtime.pending import PendingTensor
 from shardit.core.stages.stages import Runtime, stage
@@ -111,7 +112,7 @@ def overwritten(rank: int, count: int, method: str) -> int:
         with torch.no_grad():
             expected = [model(x) for x in inputs]
         runtime = Runtime.of(mesh, split_batch=False)
-        stage(model, runtime, place_blocks([1.0] * 6, count, 2))
+        stage(model, runtime, Cut((), place_blocks([1.0] * 6, count, 2)))
         first, *others = inputs
         model(first)
         for slow in range(count):  # a rank that comes late to take what the others have sent
@@ -139,7 +140,7 @@ def test_memory_may_be_overwritten_while_it_is_sent(count: int) -> None:
 def arguments_overwritten(rank: int, count: int, method: str) -> str:
     model = Toy(nothing, same, False)
     runtime = Runtime.of(join(rank, count, method, 5), split_batch=False)
-    stage(model, runtime, place_blocks([1.0] * 6, count, 2))
+    stage(model, runtime, Cut((), place_blocks([1.0] * 6, count, 2)))
     x = torch.rand(8, WIDTH)
     model(x)
     out = model(x)
@@ -161,7 +162,7 @@ def never_looked_at(rank: int, count: int, method: str) -> tuple[float, int]:
     with torch.no_grad():
         expected = model(x)
     runtime = Runtime.of(join(rank, count, method), split_batch=False)
-    stage(model, runtime, place_blocks([1.0] * 6, count, 2))
+    stage(model, runtime, Cut((), place_blocks([1.0] * 6, count, 2)))
     model(x)
     for _ in range(70):  # more than Comm holds
         out = model(x)

@@ -15,6 +15,7 @@ from shardit.config import DiffusionParallelConfig
 from shardit.core.comm.mesh import init_mesh
 from shardit.core.modules.blocks import find_blocks
 from shardit.core.modules.hints import Plan
+from shardit.core.placement.assignment import Cut
 from shardit.core.placement.partition import Placement, block_cost, place_blocks
 from shardit.core.stages.stages import Runtime, Stages, stage
 from shardit.errors import RankError, UnsupportedError
@@ -97,7 +98,7 @@ def staged(model: nn.Module, runtime: Runtime, chunks: int, plan: Plan | None = 
     sizes = list(placement.sizes)
     if placement.chunks > 1 and sizes[-1] > 1:
         placement = Placement((sizes[0] + 1, *sizes[1:-1], sizes[-1] - 1), placement.pp_size)
-    return stage(model, runtime, placement, plan)
+    return stage(model, runtime, Cut((), placement, plan))
 
 
 def record(outcome: Outcome, stages: Stages) -> None:

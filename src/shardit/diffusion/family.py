@@ -5,14 +5,11 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from shardit.core.modules import hooks
 from shardit.core.modules.absent import Libraries
 from shardit.core.modules.patching import plain_type
 from shardit.diffusion.class_homes import MODELS
 from shardit.parallel.attention.hook import wrapped_back_end
 from shardit.parallel.tensor.rules import Experts, Family, FeedForward, FusedAttention, ParallelBlock
-
-hooks.LIBRARIES.update(("transformers", "peft", "accelerate"))
 
 FEED_FORWARDS = (
     FeedForward(
@@ -129,6 +126,9 @@ FAMILY = Family(
     processors=MODELS,
     unload_adapters=unload_adapters,
     merging="fuse_lora, unload_lora_weights",
+    libraries=("transformers", "peft", "accelerate"),
+    second_inputs=("encoder_hidden_states", "norm_encoder_hidden_states", "context"),
+    rotary_inputs=("rope", "rotary"),
 )
 
 LIBRARIES = Libraries(
@@ -136,3 +136,6 @@ LIBRARIES = Libraries(
     own=("shardit.", "diffusers.", "transformers.", "peft.", "accelerate.", "bitsandbytes."),
 )
 """Libraries that work on parameters of models."""
+
+ADAPTER_SCALES = "attention_kwargs"
+"""How the names of arguments end that give the strength of adapters for one call."""

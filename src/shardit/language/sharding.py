@@ -18,6 +18,7 @@ from shardit.core.decoder.link import Link
 from shardit.core.decoder.stages import DecoderStages
 from shardit.core.modules.absent import mark_absent, partial_state_dict, refuse_partial_states
 from shardit.core.modules.blocks import drop_blocks, find_blocks
+from shardit.core.modules.hooks import add_libraries
 from shardit.core.modules.patching import fixed_device_to, plain_class, subclass_in_place
 from shardit.core.placement.partition import balanced_cuts
 from shardit.core.stages.runtime import Runtime
@@ -28,7 +29,7 @@ from shardit.language.changes import Changes
 from shardit.language.collected import CollectedOutputs
 from shardit.language.generate import call_member, input_embeddings, members_of
 from shardit.language.limits import check_axes
-from shardit.language.tensor import LIBRARIES, describe_replicated, plan_decoder
+from shardit.language.tensor import FAMILY, LIBRARIES, describe_replicated, plan_decoder
 from shardit.parallel.tensor.apply import cut_model, notes_together
 from shardit.parallel.tensor.plan import TensorPlan
 
@@ -135,6 +136,7 @@ class Decoder:
 def shard_decoder(model: Any, runtime: Runtime, layout: DecoderLayout, config: DiffusionParallelConfig) -> None:
     """Shard a causal language model in place: keep this rank's slices of its stage's blocks, and intercept the calls of
     all blocks."""
+    add_libraries(FAMILY.libraries)
     blocks, device = blocks_of(model), torch.device(runtime.mesh.device)
     neighbours = Collectives(runtime.mesh.axes["tp"]) if "tp" in runtime.mesh.axes else None
     collected = CollectedOutputs(query_heads(model.config), neighbours)  # before a cut, which may change the number

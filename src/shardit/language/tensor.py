@@ -6,7 +6,6 @@ import re
 from dataclasses import replace
 from typing import Any
 
-from shardit.core.modules import hooks
 from shardit.core.modules.absent import Libraries
 from shardit.core.placement.slices import even
 from shardit.errors import UnsupportedError, listed
@@ -25,8 +24,6 @@ from shardit.parallel.tensor.rules import (
     LatentAttention,
 )
 
-hooks.LIBRARIES.update(("transformers", "peft", "accelerate"))
-
 LIBRARIES = Libraries(
     placing=("torch.", "shardit.", "peft.", "accelerate.", "bitsandbytes."),
     own=("shardit.", "transformers.", "peft.", "accelerate.", "bitsandbytes."),
@@ -34,6 +31,7 @@ LIBRARIES = Libraries(
 """Libraries that work on parameters of language models."""
 
 FAMILY = Family(
+    libraries=("transformers", "peft", "accelerate"),
     attentions=(
         Attention(
             query=("q_proj", "gate_proj", "g_proj"),

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
-LIBRARIES = {"torch"}
+_libraries = {"torch"}
 """Packages whose hooks belong to a module: they act on the rank that runs it. All other hooks are users' and observe or
-change the module from outside. A model family adds its own packages when it is imported."""
+change the module from outside."""
+
+
+def add_libraries(packages: Iterable[str]) -> None:
+    """Add the packages of a model family, before a model of it becomes parallel."""
+    _libraries.update(packages)
+
+
+def of_library(module: str) -> bool:
+    """Return whether a Python module belongs to one of the packages."""
+    return module.partition(".")[0] in _libraries
 
 
 def hooks_below(module: nn.Module) -> list[str]:
@@ -27,4 +38,4 @@ def from_outside(hook: Any) -> bool:
     while isinstance(hook, functools.partial):
         hook = hook.func
     home = getattr(hook, "__module__", None) or type(hook).__module__
-    return home.partition(".")[0] not in LIBRARIES
+    return not of_library(home)

@@ -120,12 +120,13 @@ class Overlap:
     """One model whose calls may be in flight together. overlapped: how many have been. generators: random generators
     that its modules and hooks have.
 
-    alone: whether that holds for calls by a user's own program, too: their results must then be used by all ranks, in
-    the same order. Of a pipeline that is known.
+    scales: see Stages. alone: whether that holds for calls by a user's own program, too: their results must then be
+    used by all ranks, in the same order. Of a pipeline that is known.
     """
 
     model: nn.Module
     runtime: Runtime
+    scales: str
     alone: bool
     overlapped: int = 0
     generators: list[Any] = field(default_factory=list)
@@ -135,7 +136,9 @@ class Overlap:
         """Make a call of the model: it returns at once with pending tensors, except the first of each signature."""
         # A cache keeps a call's state on the model, and a scale multiplies weights for the length of the forward.
         alone = (
-            getattr(self.model, "is_cache_enabled", False) or scales_adapters(call.kwargs) or torch.is_grad_enabled()
+            getattr(self.model, "is_cache_enabled", False)
+            or scales_adapters(call.kwargs, self.scales)
+            or torch.is_grad_enabled()
         )
         alone = alone or not all(map(_plain, call.leaves))
         alone = alone or not (self.alone or self.runtime.in_pipeline)
@@ -185,10 +188,10 @@ class Overlap:
         return out
 
 
-def overlap(model: nn.Module, runtime: Runtime, alone: bool = False) -> Overlap:
-    """Let calls of a model be in flight together, in place. Its messages must `yield_while_waiting`. `alone`: see
-    Overlap."""
-    calls = Overlap(model, runtime, alone)
+def overlap(model: nn.Module, runtime: Runtime, scales: str = "", alone: bool = False) -> Overlap:
+    """Let calls of a model be in flight together, in place. Its messages must `yield_while_waiting`. `scales`,
+    `alone`: see Overlap."""
+    calls = Overlap(model, runtime, scales, alone)
     Entry(model, calls.call)
 
     def end() -> None:

@@ -12,9 +12,8 @@ from torch import nn
 from shardit.core.modules.block_calls import install
 from shardit.core.modules.blocks import CutModel, blocks_named, drop_blocks, lacks_data
 from shardit.core.modules.fingerprint import PROCESSOR
-from shardit.core.modules.hints import Plan
 from shardit.core.modules.patching import changing_methods, fixed_device_to, subclass_in_place
-from shardit.core.placement.partition import Placement
+from shardit.core.placement.assignment import Cut
 from shardit.core.plans.course import DryCall
 from shardit.core.plans.known_plans import KnownPlans
 from shardit.core.plans.local_plan import LocalPlan
@@ -32,10 +31,12 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Stages:
-    """One transformer cut over the stages. known: the plans of its calls."""
+    """One transformer cut over the stages. scales: how names of arguments end that give the strength of adapters; ""
+    for none. known: the plans of its calls."""
 
     cut: CutModel
     runtime: Runtime
+    scales: str = ""
     known: KnownPlans = field(default_factory=KnownPlans)
     first: FirstCalls = field(init=False)
     _split: SplitCalls = field(init=False)
@@ -54,7 +55,7 @@ class Stages:
         """Make a call of the transformer: it returns at once with pending tensors, except the first of each
         signature."""
         runtime, code = self.runtime, self._code()
-        exclusive = scales_adapters(call.kwargs) or self.first.alone
+        exclusive = scales_adapters(call.kwargs, self.scales) or self.first.alone
         samples = 1 if exclusive or not runtime.split_batch else microbatch.batch_size(call.args, call.kwargs)
         dealt = runtime.guidance.parts(runtime.program, samples)
         parts = min(samples, dealt * -(-runtime.mesh.pp_size // runtime.max_in_flight))
@@ -120,28 +121,18 @@ class Stages:
         return self.cut.model.training, tuple(type(own.get(PROCESSOR)) for own in self._attentions)
 
 
-def scales_adapters(kwargs: dict[str, Any]) -> bool:
+def scales_adapters(kwargs: dict[str, Any], scales: str) -> bool:
     """Return whether a call asks for another strength of its adapters than they were given."""
-    return any(
-        isinstance(value, dict) and value.get("scale", 1.0) != 1.0
-        for name, value in kwargs.items()
-        if name.endswith("attention_kwargs")
-    )
+    found = [value for name, value in kwargs.items() if scales and name.endswith(scales)]
+    return any(isinstance(value, dict) and value.get("scale", 1.0) != 1.0 for value in found)
 
 
-def stage(
-    model: nn.Module,
-    runtime: Runtime,
-    placement: Placement,
-    plan: Plan | None = None,
-    shared: Collection[int] = (),
-    names: Collection[str] = (),
-) -> Stages:
+def stage(model: nn.Module, runtime: Runtime, place: Cut, shared: Collection[int] = (), scales: str = "") -> Stages:
     """Cut a transformer in place: keep the blocks of this rank, intercept the calls of all and of the model.
-    `shared`: ids of tensors of other components, too, which every rank keeps. `names`: see `blocks_named`."""
-    cut = CutModel(model, blocks_named(model, names, plan), placement.owners())
-    stages = Stages(cut, runtime)
-    drop_blocks(model, cut.blocks, cut.owners, runtime.comm.rank, plan, shared)
+    `shared`: ids of tensors of other components, too, which every rank keeps. `scales`: see Stages."""
+    cut = CutModel(model, blocks_named(model, place.blocks, place.plan), place.placement.owners())
+    stages = Stages(cut, runtime, scales)
+    drop_blocks(model, cut.blocks, cut.owners, runtime.comm.rank, place.plan, shared)
     others = [number for number, owner in enumerate(cut.owners) if owner != runtime.comm.rank]
     install(cut.blocks, cut.calls, [number for number in others if lacks_data(cut.blocks[number][1])])
     Entry(model, stages.call)

@@ -17,13 +17,14 @@ from shardit.core.components.owned import make_owned
 from shardit.core.modules.absent import mark_absent, refuse_partial_states
 from shardit.core.modules.blocks import find_blocks
 from shardit.core.modules.compiled import BLOCKWISE, compile_call, unwrap, unwrap_parts
+from shardit.core.modules.hooks import add_libraries
 from shardit.core.modules.patching import plain_class, subclass_in_place
 from shardit.core.placement.assignment import Assignment, Cut
 from shardit.core.stages.entry import entry_of, pipeline_entry
 from shardit.core.stages.overlap import overlap
 from shardit.core.stages.runtime import Runtime
 from shardit.core.stages.stages import Stages, stage
-from shardit.diffusion.family import LIBRARIES, look_up_plain_blocks, wrap_attention_back_ends
+from shardit.diffusion.family import ADAPTER_SCALES, FAMILY, LIBRARIES, look_up_plain_blocks, wrap_attention_back_ends
 from shardit.diffusion.roles import denoises, left_whole
 from shardit.diffusion.sharding.adapters import collective_fuse, local_set_device
 from shardit.diffusion.sharding.callbacks import end_callbacks, interrupt_members, shared_callback
@@ -59,6 +60,7 @@ def connect(
 ) -> None:
     """Make the assigned components of a pipeline, loaded in whole or in part, and the pipeline itself parallel.
     Components that it shares with another pipeline are already parallel, over the same runtime."""
+    add_libraries(FAMILY.libraries)
     cuts, assignment = layout.cuts, layout.assignment
     shared = shared_tensors(components_of(pipe) or {})
     for name, cut in assignment.cut.items():
@@ -111,10 +113,11 @@ def shard_model(
     shared: Collection[int] = (),
 ) -> None:
     """Make one transformer parallel, in place. `shared`: ids of the tensors that another component also has."""
+    add_libraries(FAMILY.libraries)
     mesh = runtime.mesh
     # Stages also implement the guidance axis: a call run by another replica is one whose result arrives later.
     pieces = mesh.pp_size > 1 or mesh.sizes["cfg"] > 1
-    stages = (lambda: stage(model, runtime, cut.placement, cut.plan, shared, cut.blocks)) if pieces else None
+    stages = (lambda: stage(model, runtime, cut, shared, ADAPTER_SCALES)) if pieces else None
     overlaps = not pieces and (cut.plan is None or cut.plan.overlap)
     if "sp" in mesh.axes:
         wrap_attention_back_ends()
@@ -123,7 +126,7 @@ def shard_model(
     elif stages is not None:
         stages()
     if overlaps and mesh.axes.keys() & {"sp", "tp"}:
-        overlap(model, runtime, alone=cut.plan is not None)
+        overlap(model, runtime, ADAPTER_SCALES, alone=cut.plan is not None)
     look_up_plain_blocks()
     guard(model, name or type(model).__name__, mesh)
     found: Stages | None = getattr(model, "shardit_stages", None)

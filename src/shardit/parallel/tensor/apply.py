@@ -15,6 +15,7 @@ from shardit.config import DiffusionParallelConfig
 from shardit.core.comm.collectives import Collectives
 from shardit.core.comm.mesh import Mesh
 from shardit.core.modules.blocks import nbytes
+from shardit.core.modules.hooks import add_libraries
 from shardit.core.modules.patching import Subclasses, set_tensor, subclass_in_place
 from shardit.core.placement.balance import WHOLE_SHARE, even_shares
 from shardit.core.placement.roles import Roles
@@ -158,6 +159,7 @@ def shard_components(components: Mapping[str, Any], plans: Mapping[str, TensorPl
 
 def cut_model(model: nn.Module, plan: TensorPlan, ranks: Collectives, title: str) -> None:
     """Cut a model and the adapters on it, in place. title: its name in messages."""
+    add_libraries(plan.family.libraries)
     refuse_uncuttable(title, model, plan)  # once more: `load` plans on a model without weights
     with base_linears(model):
         shard_tensors(model, plan, ranks)

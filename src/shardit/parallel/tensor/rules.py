@@ -306,6 +306,8 @@ class Family:
     gathers_attentions: whether the attention weights that a model returns are gathered, so units may return those of
     their own heads. processors: the package of attention processors that store none of their results. unload_adapters:
     removes all adapters from a model, also those that were loaded in part. merging: the methods that merge adapters.
+    libraries: packages whose hooks belong to a module. second_inputs: names of arguments for a second sequence of
+    tokens, which code may need although it has a default; rotary_inputs: parts of names of those for rotary tables.
     """
 
     attentions: tuple[Attention, ...] = ()
@@ -330,3 +332,6 @@ class Family:
     processors: str = ""
     unload_adapters: Callable[[nn.Module], None] = lambda model: None
     merging: str = "merge_and_unload"
+    libraries: tuple[str, ...] = ()
+    second_inputs: tuple[str, ...] = ()
+    rotary_inputs: tuple[str, ...] = ()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shardit.core.modules.hooks import LIBRARIES
+from shardit.core.modules.hooks import of_library
 from shardit.core.runtime.digests import checksum
 
 _data: Any = torch.Tensor.data
@@ -52,7 +52,7 @@ class SliceParameter(nn.Parameter):
 
 
 def _is_of_user(module: str) -> bool:
-    return module.partition(".")[0] not in {*LIBRARIES, "shardit"}
+    return not of_library(module) and module.partition(".")[0] != "shardit"
 
 
 def _taken_by_user(parameter: nn.Parameter) -> TakenData:

@@ -10,12 +10,7 @@ import torch
 from torch import nn
 
 from shardit.parallel.tensor.found.stand_ins import KIND
-
-SECOND = ("encoder_hidden_states", "norm_encoder_hidden_states", "context")
-"""Names of arguments for a second sequence of tokens, which code may need although it has a default."""
-
-ROTARY = ("rope", "rotary")
-"""Parts of names of arguments for rotary tables."""
+from shardit.parallel.tensor.rules import Family
 
 TOKENS = 3
 """Length of the sequence of tokens."""
@@ -24,7 +19,9 @@ MOST_NEEDED = 5
 """Most arguments that a module may need."""
 
 
-def candidates(module: nn.Module, width: int, convolved: bool) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+def candidates(
+    module: nn.Module, width: int, convolved: bool, family: Family
+) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
     """Yield arguments to try, first those that most modules take. width: of the input; convolved: it is a picture
     or a video."""
     parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
@@ -32,20 +29,20 @@ def candidates(module: nn.Module, width: int, convolved: bool) -> Iterator[tuple
     needed = [p.name for p in named if p.default is p.empty][1:]
     if not named or len(needed) >= MOST_NEEDED:
         return
-    second = [p.name for p in named[1:] if p.name in SECOND]
+    second = [p.name for p in named[1:] if p.name in family.second_inputs]
     generator = torch.Generator().manual_seed(1)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, **KIND)
 
-    others = [name for name in needed if name not in SECOND]
+    others = [name for name in needed if name not in family.second_inputs]
     pictures = ((1, width, 4, 4), (1, 2, 2, 2, width))
     for shape in pictures if convolved else ((1, TOKENS, width), (2, width)):
         for table, other in ((None, draw(1, width)), (draw(TOKENS, 2), draw(1, width)), (None, None)):
-            given = {name: table if any(part in name for part in ROTARY) else other for name in others}
+            given = {name: table if any(part in name for part in family.rotary_inputs) else other for name in others}
             if second:
                 yield (draw(*shape),), {**given, **{name: draw(1, 2, width) for name in second}}
-            if not any(name in SECOND for name in needed):
+            if not any(name in family.second_inputs for name in needed):
                 yield (draw(*shape),), given
             if not others:
                 break

@@ -48,7 +48,7 @@ def cut_as_found(cutter: Cutter, name: str, module: nn.Module, known: dict[Any, 
         return False
     kind = (_outline(module), names, units)
     if kind not in known:
-        known[kind] = _find(module, names, units, cutter.parts)
+        known[kind] = _find(module, names, units, cutter)
     if (found := known[kind]) is None:
         return False
     for part, ranks in found.into.items():
@@ -96,7 +96,7 @@ def _outline(module: nn.Module) -> Any:
     return repr((numbers, shapes, processors))
 
 
-def _find(module: nn.Module, names: tuple[str, ...], units: tuple[str, ...], parts: Parts) -> Found | None:
+def _find(module: nn.Module, names: tuple[str, ...], units: tuple[str, ...], cutter: Cutter) -> Found | None:
     """Return how a module can be cut; None if no trial shows it."""
     head = number_of(module, (*rules.HEAD_SIZES, *rules.FURTHER_HEAD_SIZES))
     for pairs in (False, True) if units else (False,):
@@ -105,10 +105,10 @@ def _find(module: nn.Module, names: tuple[str, ...], units: tuple[str, ...], par
         except Exception:  # objects that cannot be copied: anything may come from there
             return None
         first = trial.linears[names[0]]
-        for call in candidates(module, first.size, first.dim == 1):
+        for call in candidates(module, first.size, first.dim == 1, cutter.family):
             try:
                 for structure in read_structure(trial, call, names, head):
-                    if found := _confirmed(trial, again, call, structure, parts):
+                    if found := _confirmed(trial, again, call, structure, cutter.parts):
                         return found
             except NoTrialError:
                 return None

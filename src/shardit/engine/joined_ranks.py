@@ -27,26 +27,31 @@ class JoinedRanks:
         self.info: ModelInfo | None = None
         self.rank = int(os.environ["RANK"])
         self._session: Any = None
+        self._world: Any = None
         check_world_size(spec.config.world_size)
 
     def start(self) -> None:
         """Load this rank's share of the model."""
+        from shardit.core.comm.group import GroupCoordinator
+
         with naming_rank(self.rank):
             self._session = open_session(
                 self.spec, rank=self.rank, world_size=self.spec.config.world_size, init_method="env://"
             )
-        self.info = self._session.info
+        self.info, self._world = self._session.info, GroupCoordinator.of_mesh(self._session.mesh)["world"]
 
     def generate(self, build: Callable[[], list[Any]], on_progress: OnProgress) -> list[Output]:
-        """Run the requests that `build` returns on rank 0, which draws seeds and reads pictures, on all ranks."""
+        """Run the requests that `build` returns on rank 0, which draws seeds and reads pictures, on all ranks. A rank
+        waits for another one as long as for any message."""
         with naming_rank(self.rank):
-            requests = from_rank_0(lambda: made_or_error(build))
+            requests = self._world.broadcast_object(made_or_error(build) if self.rank == 0 else None)
             if isinstance(requests, (InputError, RankError)):
                 raise requests
             reset_peak()
             outputs = self._session.generate(requests, on_progress if self.rank == 0 else ignore_progress)
-            outputs, peaks = collected(outputs), gather(peak_bytes())
-            return [dataclasses.replace(outputs[index], peak_bytes=peaks) for index in sorted(outputs)]
+            peaks, replicas = self._world.gather_objects(peak_bytes()), self._world.gather_on_first(outputs)
+            found = {index: output for one in replicas for index, output in one.items()}
+            return [dataclasses.replace(found[index], peak_bytes=peaks) for index in sorted(found)]
 
     def close(self) -> None:
         """Leave the process group."""
@@ -80,28 +85,6 @@ def ignore_progress(index: int, step: int, total: int, made: Any = None) -> None
     """Ignore progress, on all ranks but the first."""
 
 
-def gather(value: Any) -> list[Any]:
-    """Return the values of all ranks, in rank order."""
-    import torch.distributed as dist
-
-    if not dist.is_initialized():  # one rank needs no group
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def collected(outputs: dict[int, Output]) -> dict[int, Output]:
-    """Return the outputs of all replicas on rank 0, none on the others. Collective."""
-    import torch.distributed as dist
-
-    if not dist.is_initialized():
-        return outputs
-    boxes: list[Any] = [None] * dist.get_world_size()
-    dist.gather_object(outputs, boxes if dist.get_rank() == 0 else None)
-    return {index: output for box in boxes if box for index, output in box.items()}
-
-
 def made_or_error(build: Callable[[], list[Any]]) -> list[Any] | InputError | RankError:
     """Build the requests, or return the error for all ranks: they would wait for the first one."""
     try:
@@ -110,14 +93,3 @@ def made_or_error(build: Callable[[], list[Any]]) -> list[Any] | InputError | Ra
         return Refused.from_error(error).error()
     except Exception as error:
         return RankError(0, f"{type(error).__name__}: {error}")
-
-
-def from_rank_0(make: Callable[[], Any]) -> Any:
-    """Return the result of `make` on rank 0; if ranks have no group, each uses its own."""
-    import torch.distributed as dist
-
-    if not dist.is_initialized():
-        return make()
-    box = [make() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]

@@ -140,6 +140,14 @@ class GroupCoordinator:
             self.guard(lambda: dist.all_gather_object(out, value, group=self.cpu_group), "gather")
         return out
 
+    def gather_on_first(self, value: Any) -> list[Any]:
+        """Gather the picklable objects of all ranks, in their order, on the first; [] on the others."""
+        if self.world_size == 1:
+            return [value]
+        out = [None] * self.world_size if self.is_first_rank else None
+        self.guard(lambda: dist.gather_object(value, out, self.ranks[0], group=self.cpu_group), "gather")
+        return out or []
+
     def gather_bytes(self, value: bytes) -> list[bytes]:
         """Gather the bytes of all ranks, in their order, on every rank; all give the same number, so this is one
         message."""

@@ -127,10 +127,10 @@ def test_missing_gradients_are_noted_once(caplog: pytest.LogCaptureFixture) -> N
 
     model = Odd(2, 2)
     with torch.no_grad():
-        refuse_gradients(model, (torch.ones(2),), {})
+        refuse_gradients(model, [torch.ones(2)])
     assert not caplog.messages
     for _ in range(2):
-        refuse_gradients(model, (torch.ones(2),), {})
+        refuse_gradients(model, [torch.ones(2)])
     assert caplog.messages == ["Odd runs without gradients: its results have none outside of torch.no_grad(), either"]
 
 

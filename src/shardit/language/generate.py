@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from transformers import GenerationConfig, QuantizedCache
 
 from shardit.core.decoder.stage_tensor import materialized
@@ -68,7 +69,7 @@ def call_member(
         alone = not runtime.in_pipeline
         if alone:
             args, kwargs = materialized((args, kwargs))  # of a part of the model that was called directly
-            refuse_gradients(self, args, kwargs)
+            refuse_gradients(self, tree_leaves((args, kwargs)))
         with runtime.pipeline_call(cls.__name__, lambda: named(own_call, args, kwargs)), torch.no_grad():
             if alone and changes is not None:
                 changes.check()

@@ -147,7 +147,7 @@ class Boundary:
             return function(*args, **kwargs)
         if not self.on_all and _calls_outside_code(module, name, args, kwargs):
             return function(*args, **kwargs)
-        refuse_gradients(self._plain[0][0], args, kwargs)
+        refuse_gradients(self._plain[0][0], tree_leaves((args, kwargs)))
         with self.turn() as caller:
             for tensor in list(_pending((args, kwargs))):
                 materialize(tensor)

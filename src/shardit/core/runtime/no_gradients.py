@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from shardit.errors import UnsupportedError
 
@@ -19,13 +18,13 @@ _noted: set[str] = set()
 """Names of the classes whose missing gradients have been noted in this process."""
 
 
-def refuse_gradients(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Raise UnsupportedError if a call is to be differentiated with respect to its arguments. The first rank warns once
-    for each class if the result would have gradients for the model's parameters alone."""
+def refuse_gradients(model: nn.Module, leaves: Iterable[Any]) -> None:
+    """Raise UnsupportedError if a call is to be differentiated with respect to the leaves of its arguments. The first
+    rank warns once for each class if the result would have gradients for the model's parameters alone."""
     if not torch.is_grad_enabled():
         return
     name = type(model).__name__
-    if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in tree_leaves((args, kwargs))):
+    if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves):
         raise UnsupportedError(
             f"{name} is called for its gradients, but it runs without them over these ranks: use torch.no_grad(), or "
             "detach its arguments"

@@ -87,7 +87,7 @@ class Entry:
                     materialize_leaves(call.leaves)
                     if self._runtime is not None:
                         if not self._runtime.mesh.keeps_graph:
-                            refuse_gradients(model, args, kwargs)
+                            refuse_gradients(model, call.leaves)
                         self._compare(self._runtime, model, call)
                     return own_call(model, *args, **kwargs) if run is None else run(own_call.__get__(model), call)
                 finally:

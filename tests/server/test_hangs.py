@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 
+from shardit.core.comm import group, p2p
 from shardit.core.runtime.program import Interrupted, Program
 from shardit.core.runtime.request_loop import Schedule, Turns
 from shardit.engine.process import hangs as hang_detector
 from shardit.engine.process.channel import Channel
 from shardit.engine.process.messages import Cancel, RequestFailed, RequestFinished
+from shardit.engine.process.stacks import waits_for_peer
 from shardit.engine.rank.outcomes import Taken
 from shardit.engine.rank.programs import Programs
 from shardit.engine.rank.serving import ServingWorker
@@ -151,6 +153,12 @@ def test_patience_forgets_sizes_of_long_ago() -> None:
 
 WAITS = 'Thread 0x1 (most recent call first):\n  File "/x/torch/distributed/distributed_c10d.py", line {} in recv\n'
 WORKS = 'Thread 0x1 (most recent call first):\n  File "/x/torch/nn/functional.py", line {} in linear\n'
+
+
+def test_messages_between_ranks_are_in_the_package_that_stacks_know() -> None:
+    frame = 'Thread 0x1 (most recent call first):\n  File "{}", line 1 in wait\n'
+    assert all(waits_for_peer(frame.format(module.__file__)) for module in (group, p2p))
+    assert not waits_for_peer(frame.format(hang_detector.__file__))
 
 
 def look(server: Server, monkeypatch: pytest.MonkeyPatch, *stacks: str) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import shardit
+from shardit.core import comm
 
-_COMMUNICATES = ("torch/distributed", str(Path(shardit.__file__).parent / "core" / "comm"))
+_COMMUNICATES = ("torch/distributed", str(Path(comm.__file__).parent))
 """Files of the innermost frames of a rank that waits for others."""
 
 

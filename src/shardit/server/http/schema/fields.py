@@ -8,11 +8,21 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from shardit.errors import did_you_mean
 from shardit.params import OmniDiffusionSamplingParams, field_names
 from shardit.server.http.schema.errors import ApiError
+from shardit.server.http.schema.field_types import (
+    MODEL,
+    PRIORITY,
+    Label,
+    Whole,
+    between,
+    first_error,
+    model_of,
+    optional,
+)
 from shardit.server.options import Limits
 from shardit.settings.checks import LARGEST
 from shardit.settings.declare import declared
@@ -29,11 +39,9 @@ def _is_false(value: Any) -> Any:
 _False: Any = Annotated[bool, BeforeValidator(_is_false), WithJsonSchema({"const": False})]
 _Zero: Any = Annotated[int, Field(ge=0, le=0)]
 
-_Label: Any = Annotated[str, Field(max_length=512)]
-
 NO_MEANING: dict[str, Any] = {
-    "user": _Label,
-    "safety_identifier": _Label,
+    "user": Label,
+    "safety_identifier": Label,
     "quality": Literal["auto", "standard"],
     "style": Literal["auto"],
     "moderation": Literal["auto", "low"],
@@ -56,10 +64,6 @@ PICTURES: tuple[str, ...] = ("image", "input_reference")
 """Fields for pictures: uploads in multipart requests, data: URLs in JSON."""
 
 
-FPS = (0.1, 240.0)
-"""The lowest and the highest frame rate of a file."""
-
-
 class ImageUrl(BaseModel):
     """A picture by its address."""
 
@@ -80,30 +84,28 @@ class FieldModels:
 def field_models(limits: Limits) -> FieldModels:
     """Build the models with these limits."""
     shared = {**_diffusers_fields(limits), **_openai_fields(limits)}
-    shared |= {name: _optional(kind, "Changes nothing.") for name, kind in NO_MEANING.items()}
+    shared |= {name: optional(kind, "Changes nothing.") for name, kind in NO_MEANING.items()}
     source: Any = str | ImageUrl
-    pictures = _optional(source | list[source], "Input pictures as data: URLs.")
-    formats = _optional(Literal["b64_json", "url", "auto"], "b64_json (default), or url: an address on this server.")
+    pictures = optional(source | list[source], "Input pictures as data: URLs.")
+    formats = optional(Literal["b64_json", "url", "auto"], "b64_json (default), or url: an address on this server.")
     encoded = {
-        "output_format": _optional(Literal["png", "jpeg", "webp", "auto"], "Format of the files; png by default."),
-        "output_compression": _optional(
-            Annotated[_Whole, Field(ge=0, le=100)] | Literal["auto"], "Quality of jpeg and webp; 100 by default."
-        ),
+        "output_format": optional(Literal["png", "jpeg", "webp", "auto"], "Format of the files; png by default."),
+        "output_compression": optional(between(0, 100) | Literal["auto"], "Quality of jpeg and webp; 100 by default."),
     }
     as_mp4 = {
-        "output_format": _optional(Literal["mp4", "auto"], "Videos are MP4 files."),
-        "output_compression": _optional(Literal["auto"], "Changes nothing."),
+        "output_format": optional(Literal["mp4", "auto"], "Videos are MP4 files."),
+        "output_compression": optional(Literal["auto"], "Changes nothing."),
     }
     image = {**shared, **encoded, "response_format": formats, "image": pictures}
     length: Any = Annotated[str, Field(pattern=r"^([0-9]{1,9}(\.[0-9]{1,9})?|auto)$")]
-    seconds = _optional(length | float, "Length: num_frames = round(seconds x fps) + 1.")
+    seconds = optional(length | float, "Length: num_frames = round(seconds x fps) + 1.")
     return FieldModels(
-        image=_model("ImageRequest", image),
-        edit=_model("ImageEditRequest", image),
-        video=_model(
+        image=model_of("ImageRequest", image),
+        edit=model_of("ImageEditRequest", image),
+        video=model_of(
             "VideoRequest", {**shared, **as_mp4, "seconds": seconds, "image": pictures, "input_reference": pictures}
         ),
-        generation=_model("GenerationRequest", {**shared, "image": pictures}),
+        generation=model_of("GenerationRequest", {**shared, "image": pictures}),
     )
 
 
@@ -137,22 +139,6 @@ def _is_of_use(name: str, pipeline_names: Collection[str]) -> bool:
 _OF_DIFFUSERS = frozenset(field_names())
 
 
-def _whole(value: Any) -> Any:
-    # In JSON, 4.0 is a whole number.
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-_Whole: Any = Annotated[int, BeforeValidator(_whole)]
-
-
-def _optional(kind: Any, description: str) -> tuple[Any, Any]:
-    return kind | None, Field(None, description=description)
-
-
-def _between(minimum: int, maximum: int, description: str) -> tuple[Any, Any]:
-    return _optional(Annotated[_Whole, Field(ge=minimum, le=maximum)], description)
-
-
 def _diffusers_fields(limits: Limits) -> dict[str, Any]:
     most = {
         "width": limits.pixels,
@@ -168,15 +154,15 @@ def _diffusers_fields(limits: Limits) -> dict[str, Any]:
         if hint == str | None:
             hint = Annotated[str, Field(max_length=limits.prompt_chars)]
         elif hint in (int, int | None):
-            hint = Annotated[_Whole, Field(ge=check.minimum, le=most.get(item.name, check.maximum))]
+            hint = Annotated[Whole, Field(ge=check.minimum, le=most.get(item.name, check.maximum))]
         elif hint == float | None:
-            lowest, highest = FPS if item.name == "fps" else (check.minimum, LARGEST)
-            hint = Annotated[float, Field(ge=lowest, le=highest)]
-        fields[item.name] = _optional(hint, item.metadata["help"])
+            highest = LARGEST if check.maximum is None else check.maximum
+            hint = Annotated[float, Field(ge=check.minimum, le=highest)]
+        fields[item.name] = optional(hint, item.metadata["help"])
     return {
         **fields,
-        "output_type": _optional(Literal["pil"], "Results are always pictures."),
-        "extra_args": _optional(
+        "output_type": optional(Literal["pil"], "Results are always pictures."),
+        "extra_args": optional(
             dict[str, Any],
             "Further arguments of the model's pipeline by name; they may also be given as fields of the request.",
         ),
@@ -187,16 +173,11 @@ def _openai_fields(limits: Limits) -> dict[str, Any]:
     size: Any = Annotated[str, Field(pattern=r"^([0-9]{1,9}x[0-9]{1,9}|auto)$")]
     return {
         "prompt": (Annotated[str, Field(max_length=limits.prompt_chars)], Field(description="What to show.")),
-        "model": _optional(str, "The served model, which is also the default."),
-        "n": _between(1, limits.outputs, "Results of one request."),
-        "size": _optional(size, "WIDTHxHEIGHT in pixels."),
-        "priority": _between(-10, 10, "Each step is worth ten minutes of waiting."),
+        "model": MODEL,
+        "n": optional(between(1, limits.outputs), "Results of one request."),
+        "size": optional(size, "WIDTHxHEIGHT in pixels."),
+        "priority": PRIORITY,
     }
-
-
-def _model(name: str, fields: dict[str, Any]) -> type[BaseModel]:
-    config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
-    return create_model(name, __config__=config, **fields)
 
 
 def _is_list(hint: Any) -> bool:
@@ -226,15 +207,9 @@ def _meant(kind: Any) -> str:
 
 
 def _first_of(error: ValidationError) -> ApiError:
-    problems = error.errors(include_url=False, include_context=False)
-    name = str(problems[0]["loc"][0]) if problems[0]["loc"] else None
-    if name in NO_MEANING and NO_MEANING[name] is not _Label:
-        text = f"{name} {problems[0]['input']!r} has no meaning here; leave it out, or give {_meant(NO_MEANING[name])}"
+    problem = error.errors(include_url=False, include_context=False)[0]
+    name = str(problem["loc"][0]) if problem["loc"] else ""
+    if name in NO_MEANING and NO_MEANING[name] is not Label:
+        text = f"{name} {problem['input']!r} has no meaning here; leave it out, or give {_meant(NO_MEANING[name])}"
         return ApiError(400, text, code="unsupported_value", param=name)
-    if problems[0]["type"] == "missing":
-        return ApiError(400, f"{name} is missing; give it", code="missing_field", param=name)
-    reasons = list(dict.fromkeys(item["msg"].removeprefix("Input ") for item in problems if item["loc"][:1] == (name,)))
-    shown = repr(problems[0]["input"])
-    shown = shown if len(shown) <= 100 else shown[:100] + " ..."
-    text = _SHAPES.get(name or "") or " or ".join(reasons)
-    return ApiError(400, f"{name} {text}, got {shown}", code="invalid_value", param=name)
+    return first_error(error, _SHAPES)

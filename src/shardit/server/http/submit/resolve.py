@@ -15,11 +15,10 @@ from shardit.diffusion.request.size_search import SIDES
 from shardit.diffusion.request.step_lists import steps_problem
 from shardit.errors import InputError
 from shardit.models import tiny
-from shardit.params import field_names
+from shardit.params import FRAME_RATE, field_names
 from shardit.server.http.schema.errors import ApiError, from_input_error
-from shardit.server.http.schema.fields import FPS, LOOK, PICTURES, ROUTING
+from shardit.server.http.schema.fields import LOOK, PICTURES, ROUTING
 from shardit.server.options import Limits, ServeOptions
-from shardit.settings.checks import number
 
 # Arguments of pipelines that are tensors, pictures or functions, which no JSON value can be, and files of this machine.
 _NOT_SENDABLE = re.compile(
@@ -127,7 +126,7 @@ def _checked(given: Mapping[str, Any], takes: PipelineSignature) -> dict[str, An
             check_attention(name, value, takes.adapted)
         checked = {name: checked_value(name, value, takes) for name, value in extra.items()}
         if takes.rate_name in {**extra, **given}:
-            number(*FPS)(str(takes.rate_name), {**checked, **values}[takes.rate_name])
+            FRAME_RATE(str(takes.rate_name), {**checked, **values}[takes.rate_name])
     except InputError as error:
         raise from_input_error(error, {*takes.names, *given}) from error
     return {**values, **({"extra_args": checked} if "extra_args" in given else {})}

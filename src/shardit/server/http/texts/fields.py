@@ -4,15 +4,25 @@ names."""
 from __future__ import annotations
 
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shardit.errors import did_you_mean
 from shardit.language.request.sampling_params import SamplingParams
 from shardit.server.http.schema.errors import ApiError
+from shardit.server.http.schema.field_types import (
+    MODEL,
+    PRIORITY,
+    Label,
+    Whole,
+    between,
+    first_error,
+    model_of,
+    optional,
+)
 from shardit.settings.declare import declared
 
 MOST_TEXTS = 128
@@ -21,15 +31,8 @@ MOST_LOGPROBS = 20
 _MOST_STOPS = 16
 
 
-def _whole(value: Any) -> Any:
-    # In JSON, 4.0 is a whole number.
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-_Whole: Any = Annotated[int, BeforeValidator(_whole)]
-_Label: Any = Annotated[str, Field(max_length=512)]
 _Stop: Any = Annotated[str, Field(min_length=1)]
-_Count: Any = Annotated[_Whole, Field(ge=1, le=2**31)]
+_Count: Any = Annotated[Whole, Field(ge=1, le=2**31)]
 
 
 class StreamOptions(BaseModel):
@@ -74,10 +77,10 @@ class NamedChoice(BaseModel):
 
 
 NO_EFFECT: dict[str, Any] = {
-    "user": _Label,
-    "safety_identifier": _Label,
-    "prompt_cache_key": _Label,
-    "metadata": dict[str, _Label],
+    "user": Label,
+    "safety_identifier": Label,
+    "prompt_cache_key": Label,
+    "metadata": dict[str, Label],
     "store": Annotated[bool, Field()],
     "service_tier": Literal["auto", "default"],
     "modalities": Annotated[list[Literal["text"]], Field(max_length=1)],
@@ -97,45 +100,44 @@ class TextFields:
 
 def text_fields() -> TextFields:
     """Build the models."""
-    model = _optional(str, "The served model, which is also the default.")
     prompt: Any = str | Annotated[list[Any], Field(min_length=1)]
     messages: Any = Annotated[list[dict[str, Any]], Field(min_length=1)]
-    tools = _optional(list[dict[str, Any]], "Functions, which the chat template shows to the model.")
-    shared = {**_sampling_fields(), **_openai_fields(), "model": model}
-    shared |= {name: _optional(kind, "Changes nothing.") for name, kind in NO_EFFECT.items()}
+    tools = optional(list[dict[str, Any]], "Functions, which the chat template shows to the model.")
+    shared = {**_sampling_fields(), **_openai_fields(), "model": MODEL}
+    shared |= {name: optional(kind, "Changes nothing.") for name, kind in NO_EFFECT.items()}
     chat = {
         "messages": (messages, Field(description="The conversation: role and content of each message.")),
-        "max_completion_tokens": _optional(_Count, "As max_tokens."),
-        "logprobs": _optional(bool, "Whether the answer has log probabilities of its tokens."),
-        "top_logprobs": _optional(_between(0, MOST_LOGPROBS), "Also those of so many of the most likely tokens."),
+        "max_completion_tokens": optional(_Count, "As max_tokens."),
+        "logprobs": optional(bool, "Whether the answer has log probabilities of its tokens."),
+        "top_logprobs": optional(between(0, MOST_LOGPROBS), "Also those of so many of the most likely tokens."),
         "tools": tools,
-        "tool_choice": _optional(
+        "tool_choice": optional(
             Literal["none", "auto", "required"] | NamedChoice,
             'With "none" the model is not shown the tools; with "required" or a function it must call one.',
         ),
-        "parallel_tool_calls": _optional(bool, 'Whether an answer with tool_choice "required" may have several calls.'),
+        "parallel_tool_calls": optional(bool, 'Whether an answer with tool_choice "required" may have several calls.'),
     }
     completion = {
         "prompt": (prompt, Field(description="A text, a list of texts, tokens, or a list of lists of tokens.")),
-        "logprobs": _optional(_between(0, MOST_LOGPROBS), "Log probabilities of so many tokens for each token."),
-        "best_of": _optional(_between(1, MOST_TEXTS), "As n; nothing else is possible."),
-        "echo": _optional(bool, "Whether a text begins with its prompt, as logprobs then do; these not in a stream."),
-        "suffix": _optional(str, "Only null or empty: texts are continued, not filled in."),
+        "logprobs": optional(between(0, MOST_LOGPROBS), "Log probabilities of so many tokens for each token."),
+        "best_of": optional(between(1, MOST_TEXTS), "As n; nothing else is possible."),
+        "echo": optional(bool, "Whether a text begins with its prompt, as logprobs then do; these not in a stream."),
+        "suffix": optional(str, "Only null or empty: texts are continued, not filled in."),
     }
     tokenize = {
-        "model": model,
-        "prompt": _optional(str, "A text."),
-        "messages": _optional(messages, "A conversation, instead of a text."),
+        "model": MODEL,
+        "prompt": optional(str, "A text."),
+        "messages": optional(messages, "A conversation, instead of a text."),
         "tools": tools,
-        "add_special_tokens": _optional(bool, "Whether tokens such as a first one are added to a text; true."),
-        "add_generation_prompt": _optional(bool, "Whether a conversation ends with the start of an answer; true."),
+        "add_special_tokens": optional(bool, "Whether tokens such as a first one are added to a text; true."),
+        "add_generation_prompt": optional(bool, "Whether a conversation ends with the start of an answer; true."),
     }
-    tokens = {"model": model, "tokens": (list[_Whole], Field(description="Tokens by their numbers."))}
+    tokens = {"model": MODEL, "tokens": (list[Whole], Field(description="Tokens by their numbers."))}
     return TextFields(
-        chat=_model("ChatRequest", {**chat, **shared}),
-        completion=_model("CompletionRequest", {**completion, **shared}),
-        tokenize=_model("TokenizeRequest", tokenize),
-        detokenize=_model("DetokenizeRequest", tokens),
+        chat=model_of("ChatRequest", {**chat, **shared}),
+        completion=model_of("CompletionRequest", {**completion, **shared}),
+        tokenize=model_of("TokenizeRequest", tokenize),
+        detokenize=model_of("DetokenizeRequest", tokens),
     )
 
 
@@ -144,32 +146,32 @@ def _sampling_fields() -> dict[str, Any]:
     for item in declared(SamplingParams):
         hint, check, kind = hints[item.name], item.metadata["check"], Any
         if hint in (int, int | None) and check is not None:
-            kind = Annotated[_Whole, Field(ge=check.minimum, le=check.maximum)]
+            kind = Annotated[Whole, Field(ge=check.minimum, le=check.maximum)]
         elif hint is float and check is not None:
             kind = Annotated[float, Field(ge=check.minimum, gt=check.above, le=check.maximum)]
         elif hint is bool:
             kind = bool
-        fields[item.name] = _optional(kind, item.metadata["help"])
+        fields[item.name] = optional(kind, item.metadata["help"])
     del fields["logprobs"], fields["prompt_logprobs"]  # OpenAI has other ones
-    fields["n"] = _optional(_between(1, MOST_TEXTS), "Texts for each prompt.")
-    fields["max_tokens"] = _optional(_Count, "Maximum number of tokens of a text.")
-    fields["stop"] = _optional(
+    fields["n"] = optional(between(1, MOST_TEXTS), "Texts for each prompt.")
+    fields["max_tokens"] = optional(_Count, "Maximum number of tokens of a text.")
+    fields["stop"] = optional(
         _Stop | Annotated[list[_Stop], Field(max_length=_MOST_STOPS)], "Texts that end a text and are not part of it."
     )
     form = "As response_format, with the fields json, json_object, regex, choice or grammar of StructuredOutputsParams."
-    fields["structured_outputs"] = _optional(dict[str, Any], form)
-    fields["stop_token_ids"] = _optional(list[Annotated[_Whole, Field(ge=0)]], "Tokens that end a text.")
+    fields["structured_outputs"] = optional(dict[str, Any], form)
+    fields["stop_token_ids"] = optional(list[Annotated[Whole, Field(ge=0)]], "Tokens that end a text.")
     return fields
 
 
 def _openai_fields() -> dict[str, Any]:
     bias: Any = dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]]
     return {
-        "response_format": _optional(ResponseFormat, "The form of the text; the prompt should ask for it, too."),
-        "stream": _optional(bool, "Whether pieces of the text come as server-sent events."),
-        "stream_options": _optional(StreamOptions, "Additional contents of a stream."),
-        "logit_bias": _optional(bias, "Numbers to add to the logits of tokens."),
-        "priority": _optional(_between(-10, 10), "Each step is worth ten minutes of waiting."),
+        "response_format": optional(ResponseFormat, "The form of the text; the prompt should ask for it, too."),
+        "stream": optional(bool, "Whether pieces of the text come as server-sent events."),
+        "stream_options": optional(StreamOptions, "Additional contents of a stream."),
+        "logit_bias": optional(bias, "Numbers to add to the logits of tokens."),
+        "priority": PRIORITY,
     }
 
 
@@ -189,31 +191,5 @@ def check_fields(model: type[BaseModel], values: Mapping[str, Any]) -> dict[str,
     try:
         checked = model.model_validate(dict(values), strict=True).model_dump(exclude_none=True)
     except ValidationError as error:
-        raise _first_of(error) from None
+        raise first_error(error, {}, _BY_PATH) from None
     return {name: values[name] if name in _AS_GIVEN else checked[name] for name in checked}
-
-
-def _first_of(error: ValidationError) -> ApiError:
-    problems: Sequence[Any] = error.errors(include_url=False, include_context=False)
-    name = str(problems[0]["loc"][0]) if problems[0]["loc"] else None
-    if problems[0]["type"] == "missing" and len(problems[0]["loc"]) == 1:
-        return ApiError(400, f"{name} is missing; give it", code="missing_field", param=name)
-    reasons = [item["msg"].removeprefix("Input ") for item in problems if item["loc"][:1] == (name,)]
-    shown = repr(problems[0]["input"])
-    shown = shown if len(shown) <= 100 else shown[:100] + " ..."
-    path = ".".join(map(str, problems[0]["loc"])) if name in _BY_PATH else name
-    text = f"{path} {' or '.join(dict.fromkeys(reasons))}, got {shown}"
-    return ApiError(400, text, code="invalid_value", param=name)
-
-
-def _optional(kind: Any, description: str) -> tuple[Any, Any]:
-    return kind | None, Field(None, description=description)
-
-
-def _between(minimum: int, maximum: int) -> Any:
-    return Annotated[_Whole, Field(ge=minimum, le=maximum)]
-
-
-def _model(name: str, fields: dict[str, Any]) -> type[BaseModel]:
-    config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
-    return create_model(name, __config__=config, **fields)

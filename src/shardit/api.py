@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from shardit.config import DiffusionParallelConfig, config_of, device_kind, idle_chunks
+from shardit.config import TIMEOUT_S, DiffusionParallelConfig, config_of, device_kind, idle_chunks
 from shardit.core.comm.decision import collective_decision
 from shardit.core.comm.mesh import Mesh, init_mesh
 from shardit.core.modules.compiled import refuse_compiled
@@ -61,7 +61,7 @@ def parallelize(
     config: DiffusionParallelConfig | None = None,
     *,
     plan: Plan | Mapping[str, Plan] | None = None,
-    timeout_s: float = 600,
+    timeout_s: float = TIMEOUT_S,
     **parallel: Any,
 ) -> T:
     """Shard a diffusers transformer, or a whole pipeline, over the ranks; works in place and returns the same object.
@@ -198,7 +198,7 @@ def load(
     device: str | torch.device | None = None,
     plan: Plan | Mapping[str, Plan] | None = None,
     pipeline_class: str | type | None = None,
-    timeout_s: float = 600,
+    timeout_s: float = TIMEOUT_S,
     model_config: str | os.PathLike[str] | None = None,
     **settings: Any,
 ) -> Any:

@@ -26,6 +26,9 @@ DEGREES = {
 """The degree of each axis, outermost first: neighbouring ranks share `tp`, so that the axis that talks most gets the
 fastest links."""
 
+TIMEOUT_S = 600.0
+"""Seconds that a rank waits for a message of another one, unless it is told another number."""
+
 PARTITION = numbers(whole(1))
 """The check of a layer partition."""
 

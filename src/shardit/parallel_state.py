@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardit.config import DiffusionParallelConfig
+from shardit.config import TIMEOUT_S, DiffusionParallelConfig
 from shardit.core.comm.group import GroupCoordinator
 from shardit.core.comm.mesh import Mesh, init_mesh
 from shardit.errors import InputError
@@ -27,7 +27,7 @@ def initialize_model_parallel(
     cfg_parallel_size: int = 1,
     data_parallel_size: int = 1,
     *,
-    timeout_s: float = 600,
+    timeout_s: float = TIMEOUT_S,
 ) -> None:
     """Make the groups of all axes. Collective over all ranks; starts the process group from the environment if there
     is none. Raises InputError if the world size is not the product of the sizes, and if called twice."""

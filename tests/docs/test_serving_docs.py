@@ -12,8 +12,10 @@ from typing import Any
 
 import av
 import pytest
+import typer
 from PIL import Image
 
+from shardit.cli import _app
 from shardit.server.http.state.metrics import HttpMetrics
 from shardit.server.supervisor.metrics import SupervisorMetrics
 from tests.support.code_blocks import blocks, commands
@@ -30,6 +32,15 @@ def run(command: list[str], folder: Path) -> str:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=WAIT_S)
     assert done.returncode == 0, done
     return done.stdout
+
+
+def test_the_table_of_settings_has_every_flag() -> None:
+    command: Any = typer.main.get_command(_app())
+    options = [one for one in command.commands["serve"].params if one.param_type_name == "option"]
+    flags = [one.opts[0] for one in options if one.name != "help"]
+    table = (ROOT / "docs/serving.md").read_text("utf-8").partition("### Settings")[2].partition("\n### ")[0]
+    rows = [row.split("|")[1] for row in table.splitlines() if row.startswith("|")]
+    assert sorted(re.findall(r"`(--[a-z-]+)", " ".join(rows))) == sorted(flags)
 
 
 @CURL

@@ -1,10 +1,12 @@
 """Valid configurations, and the errors of invalid ones."""
 
 import dataclasses
+import inspect
 import pickle
 import re
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 from hypothesis import given
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 import shardit
 from shardit.config import (
+    TIMEOUT_S,
     DiffusionParallelConfig,
     config_of,
     fitting_partition,
@@ -20,10 +23,16 @@ from shardit.config import (
     partition_chunks,
     resolve_layer_partition,
 )
-from shardit.engine.engine_args import EngineArgs
+from shardit.core.comm.mesh import init_mesh
+from shardit.engine.engine_args import SIZES, EngineArgs
+from shardit.engine.process.messages import SessionSpec
 from shardit.errors import InputError
+from shardit.language.options import LanguageOptions
 from shardit.language.request.sampling_params import SamplingParams
+from shardit.parallel_state import initialize_model_parallel
 from shardit.params import OmniDiffusionSamplingParams
+from shardit.training.settings import TrainSettings
+from shardit.training.staged import stages
 
 OURS, THEIRS = "SHARDIT_PP_LAYER_PARTITION", "VLLM_PP_LAYER_PARTITION"
 
@@ -198,6 +207,18 @@ def test_even_partition_of_bad_input(arguments):
 def test_imports_are_light(statement):
     code = f"{statement}\nimport sys\nassert not {{'torch', 'diffusers', 'transformers', 'av'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+
+
+def test_defaults_are_declared_once():
+    options, arguments = ({item.name: item.default for item in fields(cls)} for cls in (LanguageOptions, EngineArgs))
+    of_llm = {name: found.default for name, found in inspect.signature(shardit.LLM.__init__).parameters.items()}
+    assert arguments.items() >= options.items()
+    assert {*arguments} - {*of_llm} == set(SIZES)
+    assert all(of_llm[name] == default for name, default in arguments.items() if name in of_llm)
+    for function in (shardit.load, shardit.parallelize, init_mesh, initialize_model_parallel, stages):
+        assert inspect.signature(function).parameters["timeout_s"].default is TIMEOUT_S
+    for cls in (SessionSpec, EngineArgs, TrainSettings):
+        assert cls.timeout_s is TIMEOUT_S
 
 
 def test_public_names():

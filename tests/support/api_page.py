@@ -106,8 +106,18 @@ def _signature(function: Any, bound: bool = False) -> str:
     assert isinstance(tree, ast.FunctionDef)
     if bound and tree.args.args:
         tree.args.args = tree.args.args[1:]
+    for defaults in (tree.args.defaults, tree.args.kw_defaults):
+        defaults[:] = [node and _resolved(node, inspect.unwrap(function)) for node in defaults]  # type: ignore[arg-type]
     returns = f" -> {ast.unparse(tree.returns)}" if tree.returns is not None and not bound else ""
     return f"({ast.unparse(tree.args)}){returns}"
+
+
+def _resolved(node: ast.expr, inside: Any) -> ast.expr:
+    """The default of a setting that is declared elsewhere: its value in place of its name."""
+    if not isinstance(node, (ast.Name, ast.Attribute)):
+        return node
+    value = eval(ast.unparse(node), vars(inspect.getmodule(inside)))
+    return ast.Constant(value) if isinstance(value, (int, float, str)) else node
 
 
 def _source(thing: Any) -> str:
@@ -129,7 +139,7 @@ def _fields(cls: type, *, only_declared: bool = False) -> Iterator[tuple[str, st
         kind = node.annotation
         if isinstance(kind, ast.Subscript) and ast.unparse(kind.value) == "Annotated":
             kind = kind.slice.elts[0] if isinstance(kind.slice, ast.Tuple) else kind
-        default = FACTORY.sub("{}", ast.unparse(node.value)) if node.value is not None else ""
+        default = FACTORY.sub("{}", ast.unparse(_resolved(node.value, cls))) if node.value is not None else ""
         if name in settings:
             default, text = _declaration(settings[name], text)
         if name in settings or not only_declared:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from shardit.config import DiffusionParallelConfig, reject_unknown_names
+from shardit.config import TIMEOUT_S, DiffusionParallelConfig, reject_unknown_names
 from shardit.engine.process.messages import TIMEOUT
 from shardit.engine.process.process import started_by_torchrun
 from shardit.errors import InputError
@@ -43,7 +43,7 @@ class EngineArgs:
     """Device of the ranks, "cuda" or "cpu"; None for cuda if there is one."""
     max_model_len: int | None = None
     """Maximum tokens of a prompt and its text together, at least 1; None for the room of the model."""
-    max_num_seqs: int = 32
+    max_num_seqs: int = LanguageOptions.max_num_seqs
     """Maximum texts of a batch, at least 1; there is a batch for each stage."""
     max_num_batched_tokens: int | None = None
     """Maximum tokens of prompts in one step, at least 1; None for 64 on CPUs and 512 on GPUs."""
@@ -54,7 +54,7 @@ class EngineArgs:
     gpu_memory_utilization: float | None = None
     """Share of a rank's memory for its weights and the cache of one text of maximum length, above 0 and at most 1.
     Error at load: they need more. None: no limit."""
-    timeout_s: float = 600
+    timeout_s: float = TIMEOUT_S
     """Timeout for a message of another rank, in seconds: more than 0. A timeout raises RankError."""
     layer_partition: Sequence[int] | None = None
     """Layers of each stage, such as [8, 12, 12, 8]; None balances them. Error: a wrong number of entries, or (at load)

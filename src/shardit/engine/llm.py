@@ -97,7 +97,7 @@ class LLM:
         dtype: Any = None,
         device: Any = None,
         max_model_len: int | None = None,
-        max_num_seqs: int = 32,
+        max_num_seqs: int = EngineArgs.max_num_seqs,
         max_num_batched_tokens: int | None = None,
         kv_cache_memory: int | str | None = None,
         seed: int | None = None,
@@ -105,7 +105,7 @@ class LLM:
         distributed_executor_backend: str | None = None,
         num_nodes: int = 1,
         lora: Any = None,
-        timeout_s: float = 600,
+        timeout_s: float = EngineArgs.timeout_s,
         **parallel: Any,
     ):
         self._closed = False

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from shardit.config import TIMEOUT_S
 from shardit.engine.process.messages import TIMEOUT
 from shardit.settings.checks import NAME, Check, matching, number, whole
 from shardit.settings.declare import Flag, declare
@@ -105,5 +106,5 @@ class TrainSettings:
     validate_every: int = declare(0, "Steps between losses on held-out data; 0: none.", whole(0))
     tensorboard: bool = declare(False, "Write events for TensorBoard as well.")
     timeout_s: float = declare(
-        600.0, "Timeout for a message of another rank, in seconds.", TIMEOUT, flag=Flag("timeout")
+        TIMEOUT_S, "Timeout for a message of another rank, in seconds.", TIMEOUT, flag=Flag("timeout")
     )

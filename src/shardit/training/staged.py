@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shardit.config import DiffusionParallelConfig, config_of
+from shardit.config import TIMEOUT_S, DiffusionParallelConfig, config_of
 from shardit.core.comm.mesh import Mesh, init_mesh
 from shardit.core.comm.p2p import Comm
 from shardit.core.modules.block_calls import install
@@ -45,7 +45,7 @@ def stages(
     schedule: str = "1f1b",
     example: Any = None,
     plan: Plan | None = None,
-    timeout_s: float = 600,
+    timeout_s: float = TIMEOUT_S,
     **parallel: Any,
 ) -> Stages:
     """Cut a model into stages for training; works in place.

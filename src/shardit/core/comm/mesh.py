@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardit.config import DEGREES, device_kind
+from shardit.config import DEGREES, TIMEOUT_S, device_kind
 from shardit.core.comm.group import GroupCoordinator
 from shardit.core.comm.host_group import HostGroup
 from shardit.core.comm.malloc import keep_freed_memory
@@ -146,7 +146,7 @@ def init_mesh(
     config: DiffusionParallelConfig,
     *,
     device: str | torch.device | None = None,
-    timeout_s: float = 600,
+    timeout_s: float = TIMEOUT_S,
     rank: int | None = None,
     init_method: str | None = None,
 ) -> Mesh:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from shardit.config import DiffusionParallelConfig
+from shardit.config import TIMEOUT_S, DiffusionParallelConfig
 from shardit.engine.process.channel import Packed
 from shardit.errors import InputError, UnsupportedError
 from shardit.language.options import LanguageOptions
@@ -48,7 +48,7 @@ class SessionSpec:
     device: str | None = declare(None, "Device of the ranks, cuda or cpu. [default: cuda if there is one]", flag=None)
     max_in_flight: int = declare(1, "Requests that run at the same time.", whole(1), flag=None)
     timeout_s: float = declare(
-        600.0, "Timeout for a message of another rank, in seconds.", TIMEOUT, flag=Flag("timeout")
+        TIMEOUT_S, "Timeout for a message of another rank, in seconds.", TIMEOUT, flag=Flag("timeout")
     )
     task: str = TASK
     session: str = SESSION

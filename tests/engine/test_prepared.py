@@ -4,14 +4,18 @@ again."""
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 
 from shardit import DiffusionParallelConfig
+from shardit.diffusion.sharding.layout import Layout, lay_out
 from shardit.engine.process.messages import SessionSpec
 from shardit.engine.session import Session, check
+from shardit.engine.tasks.task import task_of
 from shardit.models import tiny
 from tests.support.ranks import run_ranks
 
@@ -34,3 +38,42 @@ def loaded(rank: int, count: int, method: str) -> list[str]:
 def test_a_rank_loads_into_what_is_built() -> None:
     tiny.resolve("tiny/flux")
     assert run_ranks(2, loaded) == [["torch.bfloat16"], ["torch.bfloat16"]]
+
+
+class LaidOut(Exception):
+    """Loading would now read weights."""
+
+
+DEGREES: list[tuple[str, dict[str, int]]] = [
+    ("flux", {"tensor_parallel_size": 2}),
+    ("flux", {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}),
+    ("qwen-image", {"tensor_parallel_size": 2, "cfg_parallel_size": 2}),
+    ("wan2.2-t2v", {"tensor_parallel_size": 2, "vae_patch_parallel_size": 2}),
+]
+
+
+@pytest.mark.parametrize(("name", "degrees"), DEGREES, ids=str)
+def test_the_check_and_loading_lay_out_alike(name: str, degrees: dict[str, int]) -> None:
+    """Whatever the check before ranks start accepts, loading does not refuse, and each rank holds the same."""
+    config = DiffusionParallelConfig(**degrees)
+    spec = SessionSpec(f"tiny/{name}", config, device="cpu", max_in_flight=2)
+    found: list[Layout] = []
+
+    def noted(*args: Any, **kwargs: Any) -> Layout:
+        found.append(lay_out(*args, **kwargs))
+        return found[-1]
+
+    mesh: Any = SimpleNamespace(member=lambda: 0, rank=0, device=torch.device("cpu"))
+    with (
+        mock.patch("shardit.engine.tasks.pipelines.lay_out", noted),
+        mock.patch("shardit.api.lay_out", noted),
+        mock.patch("shardit.api.load_pipeline", side_effect=LaidOut),
+    ):
+        check(spec)
+        for _ in range(2):  # the second time without what the check has built
+            with pytest.raises(LaidOut):
+                task_of(spec).load(spec, mesh)
+    checked, *loaded = found
+    assert loaded == [checked, checked]
+    assert any("encoder" in part for part in checked.cuts)
+    assert checked.assignment.sliced == checked.cuts.keys()

@@ -18,7 +18,7 @@ from shardit.loading.checkpoint import Checkpoint
 from shardit.loading.dtypes import as_dtype, check_components, dtype_of, setting
 from shardit.loading.index import components, pipeline_class
 from shardit.loading.safetensors_file import Header, Reads, read_into, read_tensor
-from shardit.loading.source import resolve
+from shardit.loading.source import locate
 from shardit.loading.weight_names import choose
 from shardit.models import tiny
 
@@ -270,9 +270,9 @@ def test_folders_that_are_not_models(tmp_path, monkeypatch):
         ("", "no model given"),
     ):
         with pytest.raises(InputError, match=says) as error:
-            resolve(model)
+            locate(model)
         one_line(error)
-    assert resolve(write_index(tmp_path, _class_name="X")) == tmp_path
+    assert locate(write_index(tmp_path, _class_name="X")).folder == tmp_path
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def hub(tmp_path):
     thread.join()
 
 
-IMPORTS = "from shardit.loading.source import fetch_weights, resolve"
+IMPORTS = "from shardit.loading.hub import HubRemote, Path\nfrom shardit.loading.source import locate"
 
 
 def client(hub: Hub, home: Path, code: str, **env: str) -> list[str]:
@@ -159,7 +159,7 @@ def needed(repo: Path, weights: bool) -> set[str]:
 
 def test_only_needed_files(hub, tmp_path):
     home = tmp_path / "home"
-    folder = Path(client(hub, home, "print(resolve('us/wan', weights=False))", HF_TOKEN="hf_secret")[0])
+    folder = Path(client(hub, home, "print(locate('us/wan', weights=False).folder)", HF_TOKEN="hf_secret")[0])
     repo = hub.repos["us/wan"]
     # GET is left out for files whose content came under another name, as transformer_2's config did.
     assert hub.files("HEAD") == needed(repo, weights=False)
@@ -169,21 +169,21 @@ def test_only_needed_files(hub, tmp_path):
     hub.asked.clear()
 
     file = next(f for f in sorted(needed(repo, weights=True)) if f.startswith("transformer/") and "safetensors" in f)
-    client(hub, home, f"fetch_weights('us/wan', {str(folder)!r}, [{file!r}])")
+    client(hub, home, f"HubRemote('us/wan', Path({str(folder)!r})).fetch([{file!r}])")
     assert hub.files("HEAD") == {file}
     assert (folder / file).read_bytes() == (repo / file).read_bytes()
     hub.asked.clear()
 
-    assert client(hub, home, "print(resolve('us/wan'))") == [str(folder)]
+    assert client(hub, home, "print(locate('us/wan').folder)") == [str(folder)]
     held = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     assert held == needed(repo, weights=True)
     assert file not in hub.files("GET") | hub.files("HEAD")
     hub.asked.clear()
 
-    assert client(hub, home, "print(resolve('us/wan'))", HF_HUB_OFFLINE="1") == [str(folder)]
+    assert client(hub, home, "print(locate('us/wan').folder)", HF_HUB_OFFLINE="1") == [str(folder)]
     assert not hub.asked
     hub.repos["us/wan"] = "500"  # the hub is down: the cache is used
-    assert client(hub, home, "print(resolve('us/wan'))") == [str(folder)]
+    assert client(hub, home, "print(locate('us/wan').folder)") == [str(folder)]
 
 
 PIPELINE = """
@@ -222,7 +222,7 @@ ERRORS = """
 from shardit.errors import InputError
 for model in {models!r}:
     try:
-        print('no error', resolve(model))
+        print('no error', locate(model))
     except InputError as error:
         print(str(error).replace('\\n', 'NEWLINE'))
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,6 @@ from shardit import DiffusionParallelConfig, UnsupportedError
 from shardit.core.comm.mesh import init_mesh
 from shardit.parallel.attention.sequence_attention import Call, Layout, SequenceAttention
 from shardit.parallel.attention.softmax_merge import _math, merge, partial_attention
-from shardit.parallel.attention.ulysses import ulysses_bytes
 from tests.support.ranks import run_ranks
 
 WIDTH = 8
@@ -135,6 +135,17 @@ def check(count: int, degrees: dict) -> None:
     for errors in run_ranks(count, all_cases, degrees, cases, timeout=100):
         for case, error in zip(cases, errors, strict=True):
             assert error <= (1e-2 if case.dtype is torch.bfloat16 else 2e-6), (case, error)
+
+
+def ulysses_bytes(
+    rank: int, lens: Sequence[int], q_heads: Sequence[int], k_heads: Sequence[int], width: int, itemsize: int
+) -> int:
+    """Return the bytes that `rank` sends for one self-attention of one sample: q, k and v of its tokens for the heads
+    of all others, and its heads of the output for the tokens of all others."""
+    others = [r for r in range(len(lens)) if r != rank]
+    there = lens[rank] * sum(q_heads[r] + 2 * k_heads[r] for r in others)
+    back = q_heads[rank] * sum(lens[r] for r in others)
+    return (there + back) * width * itemsize
 
 
 def counted(rank: int, count: int, method: str, lens: tuple[int, ...], heads: int, k_heads: int) -> tuple[int, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,32 +21,12 @@ class Source:
     remote: HubRemote | None = None
 
 
-def resolve(model: str | os.PathLike, weights: bool = True) -> Path:
+def locate(model: str | os.PathLike, weights: bool = True, variant: str | None = None) -> Source:
     """Return the folder of "tiny/NAME", of a local diffusers folder, or of a hub id, whose required files are
-    downloaded.
+    downloaded; without `weights` all but its weight files.
 
-    With `weights=False` the weight files of a hub id are left out (see `fetch_weights`).
     Raises InputError if there is no such model, with the remedy in one line.
     """
-    return locate(model, weights).folder
-
-
-def fetch_weights(model: str | os.PathLike, folder: str | os.PathLike, files: Iterable[str]) -> None:
-    """Download named weight files ("transformer/model-00001-of-00002.safetensors") into the folder of `resolve`.
-
-    Skips files that are already there. Raises InputError if a file is missing and cannot be downloaded.
-    """
-    folder, wanted = Path(folder), list(files)
-    absent = [file for file in wanted if not (folder / file).exists()]
-    if not absent:
-        return
-    if Path(model).is_dir() or not is_hub_id(str(model)):
-        raise InputError(f"{folder / absent[0]} is missing: download or copy the model again")
-    HubRemote(str(model), folder).fetch(absent)
-
-
-def locate(model: str | os.PathLike, weights: bool = True, variant: str | None = None) -> Source:
-    """Resolve a model as `resolve` does, and return the source of its files as well."""
     text = os.fspath(model)
     if text.startswith("tiny/"):
         folder = _tiny(text)

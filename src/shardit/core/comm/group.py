@@ -91,11 +91,6 @@ class GroupCoordinator:
         """The global number of the rank before this one, in a circle."""
         return self.ranks[(self.rank_in_group - 1) % self.world_size]
 
-    @property
-    def device_communicator(self) -> GroupCoordinator:
-        """The object with the collective operations: this one."""
-        return self
-
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over the group, in place."""
         if self.world_size > 1:

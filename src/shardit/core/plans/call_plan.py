@@ -130,11 +130,6 @@ class CallPlan:
     result: ResultPlan
 
     @property
-    def bytes_sent(self) -> int:
-        """Return the bytes of all messages between stages in one call, without its result."""
-        return sum(hop.layout.total for hop in self.hops)
-
-    @property
     def course(self) -> tuple[Any, ...]:
         """Return the sequence of block calls and of carried storages, regardless of their sizes."""
         carried = tuple(tuple(item.address for item in hop.items) for hop in self.hops)

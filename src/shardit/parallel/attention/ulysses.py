@@ -78,14 +78,3 @@ class Ulysses:
         self.comm.all_to_all(sends, receives)
         bounds = itertools.accumulate((share[me] for share in shares), initial=0)
         return [full[:, :, low:high].permute(1, 0, 2, 3) for low, high in itertools.pairwise(bounds)]
-
-
-def ulysses_bytes(
-    rank: int, lens: Sequence[int], q_heads: Sequence[int], k_heads: Sequence[int], width: int, itemsize: int
-) -> int:
-    """Return the bytes that `rank` sends for one self-attention of one sample: q, k and v of its tokens for the heads
-    of all others, and its heads of the output for the tokens of all others."""
-    others = [r for r in range(len(lens)) if r != rank]
-    there = lens[rank] * sum(q_heads[r] + 2 * k_heads[r] for r in others)
-    back = q_heads[rank] * sum(lens[r] for r in others)
-    return (there + back) * width * itemsize

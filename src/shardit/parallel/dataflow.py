@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
 
 from shardit.core.plans.trace import HOST, deciding
-from shardit.core.runtime.storages import Storages, tensors_of, written
+from shardit.core.runtime.storages import Origins, tensors_of, written
 
 
 class Dataflow(TorchDispatchMode):
@@ -24,17 +24,17 @@ class Dataflow(TorchDispatchMode):
         super().__init__()
         self.supports_higher_order_operators = True
         self.by_values = False
-        self._marked = Storages()
+        self._marks = Origins()
         for tensor in marked:
             self.mark(tensor)
 
     def mark(self, tensor: torch.Tensor) -> None:
         """Mark the memory of a tensor."""
-        self._marked.number(tensor)
+        self._marks.add(tensor, (True,))
 
     def marked(self, tensor: torch.Tensor) -> bool:
         """Return whether a tensor's memory is marked."""
-        return tensor in self._marked
+        return bool(self._marks.of([tensor]))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -54,7 +54,5 @@ class Dataflow(TorchDispatchMode):
         reads = tensors_of((args, kwargs))
         if HOST.keys() & getattr(func, "tags", ()):
             self.by_values |= bool(deciding(func, reads, args))
-        if any(map(self.marked, reads)):
-            for tensor in (*tensors_of(out), *written(func, args, kwargs)):
-                self.mark(tensor)
+        self._marks.derive((*tensors_of(out), *written(func, args, kwargs)), reads)
         return out

@@ -6,7 +6,7 @@ data to carry from this trace.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 from shardit.core.comm.wire import first_byte, span
 from shardit.core.plans.call_plan import Address, Site
-from shardit.core.runtime.storages import Storages, storage_key, tensors_of, written
+from shardit.core.runtime.storages import Origins, storage_key, tensors_of, written
 from shardit.errors import UnsupportedError
 
 HOST = {
@@ -60,21 +60,20 @@ class Trace:
     inputs: set[int] = field(default_factory=set)
     makers: dict[int, str] = field(default_factory=dict)  # storage derived by code outside blocks -> operation
     mutated_input: bool = False
-    sources: dict[int, set[int]] = field(default_factory=dict)  # storage -> argument leaves that it was made from
     deciding: set[int] = field(default_factory=set)  # argument leaves whose values Python has read
-    _storages: Storages = field(default_factory=Storages)
+    _origins: Origins = field(default_factory=Origins)  # the argument leaves that storages were made from
 
     def begin(self, arguments: Iterable[Any]) -> None:
         """Register the argument leaves of the forward."""
         for q, leaf in enumerate(arguments):
             if isinstance(leaf, torch.Tensor):
                 self.inputs.add(self.number(leaf))
-                self.sources.setdefault(self.number(leaf), set()).add(q)
+                self._origins.add(leaf, (q,))
 
     def decides(self, tensor: torch.Tensor) -> None:
         """Record that Python has read values of a tensor."""
         if self.knows(tensor) and self.number(tensor) not in self.derived:
-            self.deciding |= self.sources.get(self.number(tensor), set())
+            self.deciding |= self._origins.of([tensor])
 
     def reads_on_host(self, what: str) -> None:
         """Handle values derived from a block that decide what code outside blocks does next."""
@@ -84,13 +83,13 @@ class Trace:
 
     def number(self, tensor: torch.Tensor) -> int:
         """Return the number of the storage under a tensor."""
-        return self._storages.number(tensor)
+        return self._origins.number(tensor)
 
     def knows(self, tensor: torch.Tensor) -> bool:
         """Return whether the storage under a tensor was seen before."""
-        return tensor in self._storages
+        return tensor in self._origins
 
-    def operation(self, name: str, reads: Iterable[torch.Tensor], writes: Iterable[torch.Tensor]) -> None:
+    def operation(self, name: str, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) -> None:
         """Record an operation outside blocks."""
         read = tuple(dict.fromkeys(self.number(t) for t in reads))
         shapes = {self.number(t): tuple(t.shape) for t in writes}
@@ -100,9 +99,7 @@ class Trace:
             self.derived.update(written)
             for storage, shape in shapes.items():
                 self.makers.setdefault(storage, f"{name}, shape {shape}, after block call {len(self.sites) - 1}")
-        made_from = set[int]().union(*(self.sources.get(s, ()) for s in read))
-        for storage in written if made_from else ():
-            self.sources.setdefault(storage, set()).update(made_from)
+        self._origins.derive(writes, reads)
         self.mutated_input |= any(s in self.inputs for s in written)
         self.events.append(Event(len(self.sites), read, written, derived))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -28,6 +29,30 @@ class Storages:
     def __contains__(self, tensor: torch.Tensor) -> bool:
         """Return whether the storage under a tensor has a number."""
         return storage_key(tensor) in self._numbers
+
+
+class Origins(Storages):
+    """Tracks which tensors derive from which. sources: of the content of each storage, by its number; they are whatever
+    the caller names so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sources: dict[int, frozenset[Any]] = {}
+
+    def add(self, tensor: torch.Tensor, sources: Iterable[Any]) -> None:
+        """Add sources to those of a tensor."""
+        number = self.number(tensor)
+        self.sources[number] = self.of([tensor]).union(sources)
+
+    def of(self, tensors: Iterable[torch.Tensor]) -> frozenset[Any]:
+        """Return the sources of some tensors."""
+        return frozenset().union(*(self.sources.get(self.number(t), ()) for t in tensors if t in self))
+
+    def derive(self, made: Iterable[torch.Tensor], reads: Iterable[torch.Tensor]) -> None:
+        """Record that an operation has made tensors, or written to them, from those that it reads."""
+        sources = self.of(reads)
+        for tensor in made if sources else ():
+            self.add(tensor, sources)
 
 
 def storage_key(tensor: torch.Tensor) -> int:

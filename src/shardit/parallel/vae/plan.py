@@ -104,7 +104,7 @@ class Planner:
                 raise Untileable(f"a part of it is given a {type(leaf).__name__}")
         tensors = [leaf for leaf in given if isinstance(leaf, torch.Tensor)]
         self._joined.append(number)
-        for earlier in sorted(self.watch.origins(tensors)):
+        for earlier in sorted(self.watch.origins.of(tensors)):
             self._joined[self._root(earlier)] = self._root(number)
         self.costs.append(tensors[0].numel() if tensors else 0)
         with self.watch.call(number):

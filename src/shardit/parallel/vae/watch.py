@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shardit.core.runtime.storages import Storages, tensors_of, written
+from shardit.core.runtime.storages import Origins, tensors_of, written
 
 
 class Untileable(Exception):
@@ -18,17 +18,18 @@ class Untileable(Exception):
 
 
 class Watch(TorchDispatchMode):
-    """Sees every operation, inside part calls and in the glue between them. Everything is tracked by storage."""
+    """Sees every operation, inside part calls and in the glue between them. Everything is tracked by storage. origins:
+    the part calls from which tensors derive."""
 
     def __init__(self, arguments: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
         self._inside: int | None = None
         self._made: set[int] = set()  # storages of the running call
-        self._from: dict[int, frozenset[int]] = {}  # storage -> the calls that it derives from
+        self.origins = Origins()
         self._outputs: dict[int, set[tuple[int, int]]] = {}  # storage -> (call, leaf) in it
         self._hidden: set[int] = set()  # storages that a call made and did not return
         self._read: set[tuple[int, int]] = set()
-        self._key = Storages().number
+        self._key = self.origins.number
         self._arguments = {self._key(tensor) for tensor in arguments}
 
     @contextmanager
@@ -40,10 +41,6 @@ class Watch(TorchDispatchMode):
         finally:
             self._inside = None
 
-    def origins(self, tensors: Iterable[torch.Tensor]) -> set[int]:
-        """Return the part calls from which some tensors derive."""
-        return set().union(*(self._from.get(self._key(t), frozenset()) for t in tensors))
-
     def came_out(self, number: int, outputs: list[Any], arguments: list[Any]) -> None:
         """Record the outputs of part call `number`, and containers among its arguments, to which it may have added
         tensors."""
@@ -54,7 +51,7 @@ class Watch(TorchDispatchMode):
                     raise Untileable("a part of it returns one of its arguments")
                 self._outputs.setdefault(key, set()).add((number, leaf))
         for key in self._made:
-            self._from[key] = frozenset((number,))
+            self.origins.sources[key] = frozenset((number,))
         self._hidden |= self._made - self._outputs.keys()
 
     def result(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -84,15 +81,11 @@ class Watch(TorchDispatchMode):
 
     def _glue(self, read: list[torch.Tensor], made: list[torch.Tensor]) -> None:
         """Check an operation between part calls."""
-        keys = [self._key(t) for t in read]
-        for key in keys:
+        for key in map(self._key, read):
             self._read |= self._outputs.get(key, set())
             if key in self._hidden:
                 raise Untileable("it reads tensors that a part did not return")
-        sources = frozenset().union(*(self._from.get(key, frozenset()) for key in keys))
-        for tensor in made if sources else []:
-            key = self._key(tensor)
-            self._from[key] = self._from.get(key, frozenset()) | sources
+        self.origins.derive(made, read)
 
 
 def _without_dropout(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

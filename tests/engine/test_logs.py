@@ -53,7 +53,7 @@ def test_nothing_that_a_client_sends_reaches_the_terminal_raw(monkeypatch: pytes
     logs._log.cache_clear()
     try:
         logs.logger("api").info("answered", path="/\x1b]0;evil\x07", status=404)
-        logs.logger("api").error("fault", error="one\ntwo\x9b31m")
+        logs.logger("api").error("error", error="one\ntwo\x9b31m")
         said = sys.stderr.getvalue()  # type: ignore[attr-defined]
     finally:
         logs._log.cache_clear()

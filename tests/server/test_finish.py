@@ -159,7 +159,7 @@ def test_job_that_cannot_be_built_does_not_block_others(server: Server) -> None:
 
 def test_the_loop_outlives_faults() -> None:
     told: list[Exception] = []
-    loop = Loop(lambda: 1 / 0, every_s=0.01, on_trouble=told.append)  # type: ignore[arg-type, return-value]
+    loop = Loop(lambda: 1 / 0, every_s=0.01, on_error=told.append)  # type: ignore[arg-type, return-value]
     loop.call(lambda: {}["x"])  # type: ignore[arg-type]
     timer = threading.Timer(0.2, loop.call, (loop.stop,))
     timer.start()

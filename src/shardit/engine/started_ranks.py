@@ -163,7 +163,7 @@ class StartedRanks:
             if isinstance(message, RequestFinished) and message.refused:
                 self._loop.later(self._group.timeouts.own_s, self._refused_alone, message)
             if (outcomes := one.difference()) is not None:
-                self._group.fail(f"ranks differ in how a request went: {outcomes}")
+                self._group.fail(f"ranks disagree on the outcome of a request: {outcomes}")
             elif one.complete:
                 del self._in_flight[message.key]
 

@@ -18,9 +18,9 @@ class Loop:
     """
 
     def __init__(
-        self, tick: Callable[[], None], every_s: float = 0.25, on_trouble: Callable[[Exception], None] | None = None
+        self, tick: Callable[[], None], every_s: float = 0.25, on_error: Callable[[Exception], None] | None = None
     ):
-        self._tick, self._every_s, self._on_trouble = tick, every_s, on_trouble
+        self._tick, self._every_s, self._on_error = tick, every_s, on_error
         self._queue: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
@@ -64,6 +64,6 @@ class Loop:
         try:
             function()
         except Exception as error:
-            if self._on_trouble is None:
+            if self._on_error is None:
                 raise
-            self._on_trouble(error)
+            self._on_error(error)

@@ -74,11 +74,12 @@ class Guard:
         try:
             await self._answer(scope, receive, send_marked)
         except Exception as error:
-            _LOG.error("fault", error="".join(traceback.format_exception(error)), http_id=request_id)
+            text = "".join(traceback.format_exception(error))
+            _LOG.error("error", error=text, expected=False, http_id=request_id)
             if seen["status"]:  # the answer has begun: it can only be cut off
                 raise
-            fault = ApiError(500, "the server has a fault; its log says more", code="internal_error")
-            await fault.response()(scope, receive, send_marked)
+            answer = ApiError(500, "internal error: the log of the server has the details", code="internal_error")
+            await answer.response()(scope, receive, send_marked)
         finally:
             self._metrics.open.dec()
             self._account(scope, method, seen["status"], time.monotonic() - began, request_id)

@@ -135,7 +135,7 @@ class Dispatcher:
                 self.peaks[rank] = message.peak_bytes or self.peaks.get(rank, 0)
                 self.metrics.rank(rank, message)
             if (outcomes := running.on_ranks.difference()) is not None:
-                self.rank_group.fail(f"ranks differ in how {running.job.id} went: {outcomes}")
+                self.rank_group.fail(f"ranks disagree on the outcome of {running.job.id}: {outcomes}")
             elif running.on_ranks.complete:
                 self._finished(message.key, running)
 
@@ -185,7 +185,7 @@ class Dispatcher:
             for job in self.store.in_progress():
                 if job.id not in known:
                     self.log.error("job_lost", request_id=job.id)
-                    reason = "the supervisor has a fault; its log says more"
+                    reason = "internal error: the log of the server has the details"
                     self.ends.again_or_never(job, reason, died=True, alone=not self.running)
 
     def put_all_back(self) -> None:

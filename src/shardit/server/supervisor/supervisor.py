@@ -55,7 +55,7 @@ class Supervisor:
         self.options = options
         self.log = logger("supervisor")
         self.metrics = SupervisorMetrics()
-        self.loop = Loop(self.tick, on_trouble=self.on_trouble)
+        self.loop = Loop(self.tick, on_error=self.on_error)
         self.store = Store(options.data_dir)
         self.listener = listener
         self.slots = options.max_in_flight or useful_slots(options)
@@ -201,11 +201,11 @@ class Supervisor:
             self.metrics.api_restarts.inc()
         self.api.send(self.state)
 
-    def on_trouble(self, error: Exception) -> None:
+    def on_error(self, error: Exception) -> None:
         """Handle an error in the loop, which continues."""
-        foreseen = isinstance(error, (OSError, sqlite3.Error))
-        text = str(error) if foreseen else "".join(traceback.format_exception(error))
-        self.log.error("trouble" if foreseen else "fault", error=text)
+        expected = isinstance(error, (OSError, sqlite3.Error))
+        text = str(error) if expected else "".join(traceback.format_exception(error))
+        self.log.error("error", error=text, expected=expected)
 
     def on_api_message(self, message: Any) -> None:
         """Handle a message of the API process."""

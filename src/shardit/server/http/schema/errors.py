@@ -23,7 +23,7 @@ _MEANINGS = {
     415: "The content type is none that is taken here.",
     416: "The range lies outside the file.",
     429: "The queue is full; the header Retry-After says when to come back, in seconds.",
-    500: "The job failed, or the server has a fault.",
+    500: "The job failed, or the server had an internal error.",
     503: "The server cannot take this now; the header Retry-After says when to come back, in seconds.",
 }
 

@@ -66,14 +66,14 @@ def _range_of(header: str) -> tuple[str, str]:
 
 
 class ImageData(BaseModel):
-    """One picture."""
+    """One image."""
 
     b64_json: str | None = Field(None, description="The file.")
-    url: str | None = Field(None, description="Where to get the file on this server, with the same key.")
+    url: str | None = Field(None, description="Address of the file on this server; needs the same key.")
 
 
 class ImagesAnswer(BaseModel):
-    """The pictures of a synchronous request, in OpenAI's shape; id, seed and notes are ours."""
+    """The images of a synchronous request, in OpenAI's shape; id, seed and notes are ours."""
 
     created: int
     data: list[ImageData]
@@ -81,7 +81,7 @@ class ImagesAnswer(BaseModel):
     size: str | None
     id: str
     seed: int
-    notes: list[str] = Field(description="What differs from what was asked.")
+    notes: list[str] = Field(description="Differences between the request and the result.")
 
 
 def file_answer(context: Context, job: Job, index: int) -> ResultFile:

@@ -55,16 +55,16 @@ class Readiness(BaseModel):
 
 
 class ServerInfo(Readiness):
-    """All that a page needs to know of a server."""
+    """State and properties of the server, for its page."""
 
     model: str
-    kind: Kind | None = Field(description="What it makes; null while that is not known yet.")
+    kind: Kind | None = Field(description="Kind of the results; null before the model is known.")
     takes_image: bool
     needs_image: bool
-    most_images: int = Field(description="Input pictures of one request.")
-    parameters: list[str] = Field(description="Arguments of the model's pipeline that a request may hold.")
-    defaults: dict[str, Any] = Field(description="What the pipeline uses where a request gives nothing.")
-    example_prompt: str = Field(description="A prompt that a trained tiny model understands; else empty.")
+    most_images: int = Field(description="Maximum number of input images.")
+    parameters: list[str] = Field(description="Arguments of the model's pipeline that a request may give.")
+    defaults: dict[str, Any] = Field(description="Defaults of the pipeline.")
+    example_prompt: str = Field(description="A prompt for a trained tiny model; else empty.")
     default_fps: float | None
     queued: int
     in_progress: int
@@ -96,7 +96,7 @@ def about_routes(context: Context) -> APIRouter:
 
     @router.get("/metrics", responses=answers(401), response_class=PlainTextResponse)
     async def metrics() -> Response:
-        """Metrics in prometheus' text format."""
+        """Metrics in Prometheus' text format."""
         ours = context.metrics.text()
         return Response(ours + (await context.live_state.measured() or b""), media_type=CONTENT_TYPE)
 
@@ -114,7 +114,7 @@ def about_routes(context: Context) -> APIRouter:
 
     @router.get("/v1/server", response_model=ServerInfo, responses=answers(401))
     async def server() -> Any:
-        """All that a page needs to know. Ours, not OpenAI's."""
+        """State and properties of the server, for its page. Ours, not OpenAI's."""
         await context.live_state.known()
         return await run_in_threadpool(_server, context)
 

@@ -20,7 +20,7 @@ class TokensAnswer(BaseModel):
     """The tokens of a text."""
 
     count: int
-    max_model_len: int | None = Field(description="The room for prompt and text together.")
+    max_model_len: int | None = Field(description="Maximum number of tokens of prompt and text together.")
     tokens: list[int]
 
 

@@ -31,9 +31,9 @@ _MEANINGS = {
 class ErrorDetail(BaseModel):
     """One error."""
 
-    message: str = Field(description="One line: what is wrong and what to change.")
+    message: str = Field(description="One line: the error and its remedy.")
     type: str
-    param: str | None = Field(description="The field that is to blame, where it is one.")
+    param: str | None = Field(description="The field with the error, if it is a single one.")
     code: str | None
 
 

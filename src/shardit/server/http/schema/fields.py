@@ -65,7 +65,7 @@ PICTURES: tuple[str, ...] = ("image", "input_reference")
 
 
 class ImageUrl(BaseModel):
-    """A picture by its address."""
+    """An image by its address."""
 
     model_config = ConfigDict(extra="forbid")
     image_url: str = Field(description="data:image/png;base64,... (or JPEG, WebP).")
@@ -84,9 +84,9 @@ class FieldModels:
 def field_models(limits: Limits) -> FieldModels:
     """Build the models with these limits."""
     shared = {**_diffusers_fields(limits), **_openai_fields(limits)}
-    shared |= {name: optional(kind, "Changes nothing.") for name, kind in NO_MEANING.items()}
+    shared |= {name: optional(kind, "Accepted, without effect.") for name, kind in NO_MEANING.items()}
     source: Any = str | ImageUrl
-    pictures = optional(source | list[source], "Input pictures as data: URLs.")
+    pictures = optional(source | list[source], "Input images as data: URLs.")
     formats = optional(Literal["b64_json", "url", "auto"], "b64_json (default), or url: an address on this server.")
     encoded = {
         "output_format": optional(Literal["png", "jpeg", "webp", "auto"], "Format of the files; png by default."),
@@ -94,7 +94,7 @@ def field_models(limits: Limits) -> FieldModels:
     }
     as_mp4 = {
         "output_format": optional(Literal["mp4", "auto"], "Videos are MP4 files."),
-        "output_compression": optional(Literal["auto"], "Changes nothing."),
+        "output_compression": optional(Literal["auto"], "Accepted, without effect."),
     }
     image = {**shared, **encoded, "response_format": formats, "image": pictures}
     length: Any = Annotated[str, Field(pattern=r"^([0-9]{1,9}(\.[0-9]{1,9})?|auto)$")]
@@ -161,7 +161,7 @@ def _diffusers_fields(limits: Limits) -> dict[str, Any]:
         fields[item.name] = optional(hint, item.metadata["help"])
     return {
         **fields,
-        "output_type": optional(Literal["pil"], "Results are always pictures."),
+        "output_type": optional(Literal["pil"], "Form of the results: images."),
         "extra_args": optional(
             dict[str, Any],
             "Further arguments of the model's pipeline by name; they may also be given as fields of the request.",
@@ -172,9 +172,12 @@ def _diffusers_fields(limits: Limits) -> dict[str, Any]:
 def _openai_fields(limits: Limits) -> dict[str, Any]:
     size: Any = Annotated[str, Field(pattern=r"^([0-9]{1,9}x[0-9]{1,9}|auto)$")]
     return {
-        "prompt": (Annotated[str, Field(max_length=limits.prompt_chars)], Field(description="What to show.")),
+        "prompt": (
+            Annotated[str, Field(max_length=limits.prompt_chars)],
+            Field(description="Description of the output."),
+        ),
         "model": MODEL,
-        "n": optional(between(1, limits.outputs), "Results of one request."),
+        "n": optional(between(1, limits.outputs), "Number of results."),
         "size": optional(size, "WIDTHxHEIGHT in pixels."),
         "priority": PRIORITY,
     }

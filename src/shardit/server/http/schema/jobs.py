@@ -33,24 +33,24 @@ class JobView(BaseModel):
     status: Literal["queued", "in_progress", "completed", "failed", "cancelled"]
     progress: int = Field(ge=0, le=100, description="Percent of the denoising steps.")
     created_at: int
-    completed_at: int | None = Field(description="When it ended, however it did.")
-    expires_at: int | None = Field(description="When its files may be forgotten.")
+    completed_at: int | None = Field(description="Time of the end, in any state.")
+    expires_at: int | None = Field(description="Time from which its files may be deleted.")
     prompt: str | None
-    size: str = Field(description='WIDTHxHEIGHT, or "auto" where the pipeline decides.')
+    size: str = Field(description='WIDTHxHEIGHT, or "auto" if the pipeline decides.')
     error: JobError | None
-    n: int = Field(description="Results that were asked for.")
+    n: int = Field(description="Number of requested results.")
     seed: int
-    position: int | None = Field(description="Jobs that go before this one; null when it has begun.")
+    position: int | None = Field(description="Number of jobs ahead in the queue; null once it has begun.")
     phase: Literal["encode", "denoise", "decode"] | None
     step: int | None
     steps: int | None
     seconds_per_step: float | None
-    seconds_left: float | None = Field(description="Until the last step, at the speed of the last ones.")
-    attempts: int = Field(description="How often it was begun; more than 1 after a failure of ranks.")
+    seconds_left: float | None = Field(description="Estimated seconds to the last step.")
+    attempts: int = Field(description="Number of starts; more than 1 after a failure of ranks.")
     cancel_requested: bool
     seconds_taken: float | None
-    notes: list[str] = Field(description="What differs from what was asked.")
-    parameters: dict[str, Any] = Field(description="The arguments of the pipeline, as they were checked.")
+    notes: list[str] = Field(description="Differences between the request and the result.")
+    parameters: dict[str, Any] = Field(description="The checked arguments of the pipeline.")
     input_images: int
 
 
@@ -59,14 +59,14 @@ class ImageJob(JobView):
 
     object: Literal["image"] = "image"
     output_format: Literal["png", "jpeg", "webp"]
-    data: list[ImageLink] | None = Field(description="The results, once there are any.")
+    data: list[ImageLink] | None = Field(description="The results; null before the end.")
 
 
 class VideoJob(JobView):
     """A video job, in OpenAI's format with additional fields of this server."""
 
     object: Literal["video"] = "video"
-    seconds: str = Field(description='Length, or "auto" where the pipeline decides.')
+    seconds: str = Field(description='Length, or "auto" if the pipeline decides.')
     fps: float | None
     num_frames: int | None
     remixed_from_video_id: None = None
@@ -84,7 +84,7 @@ class GenerationJob(JobView):
 
     object: Literal["generation"] = "generation"
     sample_rate: int | None = Field(description="Samples per second of sound.")
-    data: list[FileLink] | None = Field(description="The results, once there are any.")
+    data: list[FileLink] | None = Field(description="The results; null before the end.")
 
 
 class GenerationJobs(BaseModel):

@@ -39,17 +39,17 @@ class StreamOptions(BaseModel):
     """Additional contents of a stream."""
 
     model_config = ConfigDict(extra="forbid")
-    include_usage: bool | None = Field(None, description="Whether a last chunk has the numbers of tokens.")
-    include_obfuscation: bool | None = Field(None, description="Changes nothing.")
+    include_usage: bool | None = Field(None, description="Whether the last chunk has the numbers of tokens.")
+    include_obfuscation: bool | None = Field(None, description="Accepted, without effect.")
 
 
 class JsonSchema(BaseModel):
     """A schema with a name."""
 
     model_config = ConfigDict(extra="forbid")
-    name: str | None = Field(None, description="Changes nothing.")
-    description: str | None = Field(None, description="Changes nothing; the model does not see it.")
-    strict: bool | None = Field(None, description="Changes nothing: a schema is always kept to.")
+    name: str | None = Field(None, description="Accepted, without effect.")
+    description: str | None = Field(None, description="Accepted, without effect; the model does not see it.")
+    strict: bool | None = Field(None, description="Accepted, without effect: a schema is always enforced.")
     json_schema: dict[str, Any] = Field(alias="schema", description="A JSON schema that the text validates.")
 
 
@@ -104,12 +104,12 @@ def text_fields() -> TextFields:
     messages: Any = Annotated[list[dict[str, Any]], Field(min_length=1)]
     tools = optional(list[dict[str, Any]], "Functions, which the chat template shows to the model.")
     shared = {**_sampling_fields(), **_openai_fields(), "model": MODEL}
-    shared |= {name: optional(kind, "Changes nothing.") for name, kind in NO_EFFECT.items()}
+    shared |= {name: optional(kind, "Accepted, without effect.") for name, kind in NO_EFFECT.items()}
     chat = {
         "messages": (messages, Field(description="The conversation: role and content of each message.")),
-        "max_completion_tokens": optional(_Count, "As max_tokens."),
+        "max_completion_tokens": optional(_Count, "Another name of max_tokens."),
         "logprobs": optional(bool, "Whether the answer has log probabilities of its tokens."),
-        "top_logprobs": optional(between(0, MOST_LOGPROBS), "Also those of so many of the most likely tokens."),
+        "top_logprobs": optional(between(0, MOST_LOGPROBS), "Number of most likely tokens with log probabilities."),
         "tools": tools,
         "tool_choice": optional(
             Literal["none", "auto", "required"] | NamedChoice,
@@ -119,8 +119,8 @@ def text_fields() -> TextFields:
     }
     completion = {
         "prompt": (prompt, Field(description="A text, a list of texts, tokens, or a list of lists of tokens.")),
-        "logprobs": optional(between(0, MOST_LOGPROBS), "Log probabilities of so many tokens for each token."),
-        "best_of": optional(between(1, MOST_TEXTS), "As n; nothing else is possible."),
+        "logprobs": optional(between(0, MOST_LOGPROBS), "Number of most likely tokens with log probabilities."),
+        "best_of": optional(between(1, MOST_TEXTS), "The same number as n."),
         "echo": optional(bool, "Whether a text begins with its prompt, as logprobs then do; these not in a stream."),
         "suffix": optional(str, "Only null or empty: texts are continued, not filled in."),
     }

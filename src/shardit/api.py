@@ -88,7 +88,7 @@ def parallelize(
         refuse_overlap(name or type(module).__name__, module)
     runtime = next((sharding.runtime for sharding in earlier.values()), None)
     mesh = runtime.mesh if runtime else init_mesh(config, device=device_of(given), timeout_s=timeout_s)
-    _tell([m for n, m in given.items() if modules is None or denoises(n, m)], config, mesh)
+    _publish_parallel_state([m for n, m in given.items() if modules is None or denoises(n, m)], config, mesh)
     if len(mesh.replica.ranks) == 1:
         warn_unmet(filter(None, [idle_chunks(config)]), mesh)
         return module_or_pipeline
@@ -256,7 +256,7 @@ def load_parallel(
     pipe.set_progress_bar_config(disable=mesh.member() != 0)
     for name in assignment.cut:
         use_attention_backend(attention_backend, getattr(pipe, name))
-    _tell([getattr(pipe, name) for name in assignment.cut], config, mesh)
+    _publish_parallel_state([getattr(pipe, name) for name in assignment.cut], config, mesh)
     runtime = None
     if len(mesh.replica.ranks) > 1:
         runtime = Runtime.of(mesh, max_in_flight, config.split_batch)
@@ -270,8 +270,8 @@ def load_parallel(
     return pipe, assignment, runtime
 
 
-def _tell(models: Iterable[Any], config: DiffusionParallelConfig, mesh: Mesh) -> None:
-    """Let authors of models get at degrees and groups: `parallel_config` on the models, and `parallel_state`."""
+def _publish_parallel_state(models: Iterable[Any], config: DiffusionParallelConfig, mesh: Mesh) -> None:
+    """Set `parallel_config` on the models and the mesh of `parallel_state`, for authors of models."""
     set_mesh_of_model(mesh)
     for model in models:
         model.parallel_config = config

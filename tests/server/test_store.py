@@ -11,7 +11,7 @@ import pytest
 
 from shardit.diffusion.request.model_info import ModelInfo
 from shardit.server.http.state import model_info
-from shardit.server.jobs import admission as intake
+from shardit.server.jobs import admission
 from shardit.server.jobs import store as stores
 from shardit.server.jobs.job import ENDED, NewJob
 from shardit.server.jobs.store import Store
@@ -129,7 +129,7 @@ def test_recover_while_a_job_is_accepted(
 ) -> None:
     """By a process of a killed server: the job has its files, or its client gets an error."""
     other = Store(store.folder)
-    write = intake.write_inputs
+    write = admission.write_inputs
     monkeypatch.setattr(stores, "write_inputs", lambda *given: (write(*given), other.recover()))
     with pytest.raises(FileNotFoundError, match="send it again"):
         store.accept(new(inputs=inputs), queue_size=9)

@@ -13,7 +13,7 @@ from shardit.parallel.attention.sequence_attention import Call, Layout, Sequence
 from shardit.parallel.dataflow import Dataflow
 
 FAILED, ATTENDING, DONE = 0, 1, 2
-"""States that ranks exchange when they compare notes."""
+"""States that ranks exchange."""
 
 WIDTH = 8
 """Number of values in a rank's state."""
@@ -78,7 +78,7 @@ class BlockRun:
         rows, columns = (1, 1) if mask is None else (mask.shape[-2] if mask.ndim > 1 else 1, mask.shape[-1])
         self.by_values |= self.dataflow is not None and self.dataflow.by_values
         here = [call.q.shape[1], call.k.shape[1], int(mask is not None), rows, columns]
-        gathered = tell(self.attention, ATTENDING, *here, other_sizes(call))
+        gathered = exchange_state(self.attention, ATTENDING, *here, other_sizes(call))
         if any(code != ATTENDING for code, *_ in gathered):
             raise OutOfStep
         layout = _layout_of(gathered)
@@ -92,7 +92,7 @@ class BlockRun:
         then the result of a trial shows that the mask is of that kind."""
         assert call.mask is not None
         plain = call.mask.dtype is torch.bool and call.mask.ndim > 2
-        kinds = [code for code, *_ in tell(self.attention, int(plain))]
+        kinds = [code for code, *_ in exchange_state(self.attention, int(plain))]
         if not all(kinds) or bool(self.attention.valid_tokens(call.mask, layout).all()):
             raise UnsupportedError("an attention mask that has neither all rows nor all columns")
 
@@ -104,7 +104,7 @@ def agree(attention: SequenceAttention, values: Sequence[int]) -> list[list[int]
     return attention.sp.all_gather(mine, [1] * attention.sp.size, 0).tolist()
 
 
-def tell(attention: SequenceAttention, code: int, *values: int) -> list[list[int]]:
+def exchange_state(attention: SequenceAttention, code: int, *values: int) -> list[list[int]]:
     """Gather a state of every rank and its values, as `agree` does; ranks may be in different states."""
     return agree(attention, [code, *values, *[0] * (WIDTH - 1 - len(values))])
 

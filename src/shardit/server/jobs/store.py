@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from shardit.errors import InputError
-from shardit.server.jobs import admission as intake
+from shardit.server.jobs import admission
 from shardit.server.jobs.admission import check_inputs, insert, known_or_room, write_inputs
 from shardit.server.jobs.database import Database
 from shardit.server.jobs.job import ENDED, Job, Kind, NewJob, State, is_id, new_id
@@ -78,7 +78,7 @@ class Store:
 
     def knows(self, new: NewJob) -> bool:
         """Return whether `accept` would return an existing job. Raises Conflict."""
-        return intake.known(self._db, new) is not None
+        return admission.known(self._db, new) is not None
 
     def start(self, job_id: str) -> bool:
         """queued -> in_progress. A power failure may lose this change: the job is then queued, as it would be anyway.

@@ -13,7 +13,7 @@ END_S = 9.0
 SAY_S = 0.2
 
 
-class LastResort:
+class ForcedExit:
     """A thread that ends this process `END_S` after SIGTERM or Ctrl-C, even if the main thread is stuck (in a disk
     access, a lock of the store, a log that nobody reads). The API process and the ranks end with it, and the next start
     queues their jobs again.

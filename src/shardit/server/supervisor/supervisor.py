@@ -26,7 +26,7 @@ from shardit.server.jobs.store import CANCELLED_WAITING, Store
 from shardit.server.messages import Measured, Ranks, RanksState, Scrape, Wake
 from shardit.server.options import ServeOptions
 from shardit.server.process.api_process import ApiProcess, Started
-from shardit.server.process.forced_exit import LastResort, exit_code
+from shardit.server.process.forced_exit import ForcedExit, exit_code
 from shardit.server.supervisor.dispatch import Dispatcher
 from shardit.server.supervisor.metrics import SupervisorMetrics
 from shardit.server.supervisor.patience import TIMES_SLOWEST
@@ -95,7 +95,7 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, _: self.loop.call(self.stop, number))
         self._check_model()
-        last_resort = LastResort(self.log)
+        forced_exit = ForcedExit(self.log)
         self.store.recover()
         repeat = self.store.to_repeat()
         new = self.store.counts().get("queued", 0) - repeat
@@ -113,7 +113,7 @@ class Supervisor:
             self.loop.run()
         finally:
             self.end()
-            last_resort.disarm()
+            forced_exit.disarm()
         if self.error is not None:
             raise self.error
         return self.code

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import flop_registry
 
 from shardit.core.comm.collectives import even_sizes
 from shardit.errors import RankError
-from shardit.parallel.attention.block_run import DONE, FAILED, tell
+from shardit.parallel.attention.block_run import DONE, FAILED, exchange_state
 from shardit.parallel.attention.sequence_attention import Call, SequenceAttention
 from shardit.parallel.compare import close, disturbed
 from shardit.parallel.sequence.dealt.modules import only_tensor
@@ -196,7 +196,7 @@ def find_dealt(
         raise
     except Exception:  # code after a module may need what the gathered rows are not
         log.debug("%s fails when it is dealt", type(block).__name__, exc_info=True)
-    gathered = tell(attention, DONE if right else FAILED)
+    gathered = exchange_state(attention, DONE if right else FAILED)
     return found if all(codes[0] == DONE for codes in gathered) else None
 
 

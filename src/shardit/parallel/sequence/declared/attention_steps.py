@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from shardit.errors import UnsupportedError
-from shardit.parallel.attention.block_run import ATTENDING, OutOfStep, check_other_sizes, other_sizes, tell
+from shardit.parallel.attention.block_run import ATTENDING, OutOfStep, check_other_sizes, exchange_state, other_sizes
 from shardit.parallel.attention.sequence_attention import Call, Layout, SequenceAttention
 from shardit.parallel.sequence.declared.token_rows import Rows, Runs, dealt_rows, runs_of, take
 
@@ -101,7 +101,7 @@ def learn_gather(
     """Find the rows of each rank in a gather. Collective over "sp". Raises UnsupportedError if they do not make up the
     whole."""
     real = _real_rows([tensor], dim, padded)
-    counts = [codes[1] for codes in _tell(attention, [GATHERING, len(real)])]
+    counts = [codes[1] for codes in _exchange_in_step(attention, [GATHERING, len(real)])]
     total = whole.sizes[0]
     if sum(counts) != total:
         why = "it is not split here" if set(counts) == {total} else "tokens that every rank has must be left out before"
@@ -113,7 +113,7 @@ def learn_attention(seen: Seen, whole: Seen, call: Call, attention: SequenceAtte
     """Find the rows of each rank in an attention call. Collective over "sp". Raises UnsupportedError if lengths do not
     fit."""
     real_q, real_k = _real_rows([call.q], 1, padded), _real_rows([call.k, call.v], 1, padded)
-    gathered = _tell(attention, [ATTENDING, *seen.sizes, len(real_q), len(real_k), other_sizes(call)])
+    gathered = _exchange_in_step(attention, [ATTENDING, *seen.sizes, len(real_q), len(real_k), other_sizes(call)])
     check_other_sizes([codes[7] for codes in gathered])
     q_lens, k_lens, rows, columns, q_real, k_real = (
         list(c) for c in zip(*(codes[1:7] for codes in gathered), strict=True)
@@ -215,9 +215,9 @@ def _real_rows(tensors: Sequence[torch.Tensor], dim: int, padded: bool) -> list[
     return [i for i in everything if not hidden[i]]
 
 
-def _tell(attention: SequenceAttention, values: Sequence[int]) -> list[list[int]]:
+def _exchange_in_step(attention: SequenceAttention, values: Sequence[int]) -> list[list[int]]:
     """Gather values of every rank, if all are at the same point."""
-    gathered = tell(attention, *values)
+    gathered = exchange_state(attention, *values)
     if any(codes[0] != values[0] for codes in gathered):
         raise OutOfStep
     return gathered

@@ -29,7 +29,7 @@ from shardit.core.runtime.randomness import generators_kept
 from shardit.core.runtime.yielding import undisturbed
 from shardit.core.stages.stages import Stages
 from shardit.errors import InputError, RankError, UnsupportedError
-from shardit.parallel.attention.block_run import DONE, FAILED, tell
+from shardit.parallel.attention.block_run import DONE, FAILED, exchange_state
 from shardit.parallel.attention.hook import attention_goes_to
 from shardit.parallel.attention.sequence_attention import SequenceAttention
 from shardit.parallel.compare import disturbed, same, same_left
@@ -207,7 +207,7 @@ class PlannedSequence:
 
     def _agree(self, good: bool, what: str, error: Exception | None) -> None:
         """Continue if all ranks agree that the result is good; else raise on all of them."""
-        gathered = tell(self.attention, DONE if good else FAILED)
+        gathered = exchange_state(self.attention, DONE if good else FAILED)
         if any(codes[0] != DONE for codes in gathered):
             self._refuse(what, error)
 

@@ -29,7 +29,7 @@ from shardit.core.runtime.pending import PendingTensor, materialize, materialize
 from shardit.core.runtime.randomness import generators_kept
 from shardit.core.stages.stages import Stages
 from shardit.errors import RankError, UnsupportedError
-from shardit.parallel.attention.block_run import DONE, FAILED, BlockRun, OutOfStep, tell
+from shardit.parallel.attention.block_run import DONE, FAILED, BlockRun, OutOfStep, exchange_state
 from shardit.parallel.attention.hook import attention_goes_to
 from shardit.parallel.attention.sequence_attention import Layout, SequenceAttention
 from shardit.parallel.block_signature import fingerprint, value_key
@@ -159,9 +159,9 @@ class SequenceParallel:
             except (OutOfStep, RankError, MemoryError, torch.OutOfMemoryError):
                 raise
             except Exception:
-                tell(self.attention, FAILED)
+                exchange_state(self.attention, FAILED)
                 raise
-            if any(code != DONE for code, *_ in tell(self.attention, DONE)):
+            if any(code != DONE for code, *_ in exchange_state(self.attention, DONE)):
                 raise OutOfStep
         except OutOfStep as error:
             text = "fails on another rank, or calls attention there more or less often than here"

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from shardit.core.plans.trace import HostReads
 from shardit.errors import RankError, UnsupportedError
-from shardit.parallel.attention.block_run import DONE, FAILED, BlockRun, OutOfStep, agree, tell
+from shardit.parallel.attention.block_run import DONE, FAILED, BlockRun, OutOfStep, agree, exchange_state
 from shardit.parallel.attention.hook import attention_goes_to
 from shardit.parallel.attention.sequence_attention import NotInRing, SequenceAttention
 from shardit.parallel.compare import close, disturbed, same, same_left
@@ -139,7 +139,7 @@ class _Attempt:
             raise
         except Exception as error:  # a block that cannot take such shards may raise any exception
             self.failures.append(error)
-        gathered = tell(self.attention, code)
+        gathered = exchange_state(self.attention, code)
         return outs if all(codes[0] == DONE for codes in gathered) else None
 
     def _out_splits(self, outs: list[Any]) -> list[Split | None] | None:

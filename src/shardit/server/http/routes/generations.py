@@ -15,7 +15,7 @@ from shardit.server.http.schema.errors import answers
 from shardit.server.http.schema.jobs import GenerationJob, GenerationJobs
 from shardit.server.http.schema.openapi import binary, body
 from shardit.server.http.state.context import Context
-from shardit.server.http.submit.submit import accept
+from shardit.server.http.submit.submit import submit_job
 
 _POST = (400, 401, 403, 404, 408, 409, 413, 415, 429, 503)
 _FILE = "application/octet-stream"
@@ -28,7 +28,7 @@ def generation_routes(context: Context) -> APIRouter:
     @router.post("", response_model=GenerationJob, responses=answers(*_POST), openapi_extra=body("generation"))
     async def create_generation(request: Request, response: Response) -> Any:
         """Start a job of a model that makes sound (WAV files), text, or numbers (safetensors files)."""
-        accepted = await accept(request, context, "generation", context.fields.generation, waits=False)
+        accepted = await submit_job(request, context, "generation", context.fields.generation, waits=False)
         request.scope["state"]["job"] = accepted.job.id
         response.headers["Location"] = f"/v1/generations/{accepted.job.id}"
         return await run_in_threadpool(show, request, context, accepted.job)
@@ -36,7 +36,7 @@ def generation_routes(context: Context) -> APIRouter:
     @router.post("/sync", **binary(_FILE), responses=answers(*_POST, 500), openapi_extra=body("generation"))
     async def create_generation_and_wait(request: Request) -> Response:
         """The same, and wait: the answer is the file, so n must be 1."""
-        accepted = await accept(request, context, "generation", context.fields.generation, waits=True, one=True)
+        accepted = await submit_job(request, context, "generation", context.fields.generation, waits=True, one=True)
         request.scope["state"]["job"] = accepted.job.id
         job = await until_ended(request, context, accepted.job)
         check_completed(job)

@@ -17,7 +17,7 @@ from shardit.server.http.schema.errors import answers
 from shardit.server.http.schema.jobs import ImageJob, ImageJobs
 from shardit.server.http.schema.openapi import FILE, PREFER, binary, body
 from shardit.server.http.state.context import Context
-from shardit.server.http.submit.submit import accept
+from shardit.server.http.submit.submit import submit_job
 
 _POST = answers(400, 401, 403, 404, 408, 409, 413, 415, 429, 500, 503)
 
@@ -62,7 +62,7 @@ def image_routes(context: Context) -> APIRouter:
 
 async def _make(request: Request, context: Context, model: type[BaseModel], *, needs_picture: bool) -> Response:
     later = "respond-async" in re.split(r"[\s,;]+", ",".join(request.headers.getlist("prefer")).lower())
-    accepted = await accept(request, context, "image", model, waits=not later, needs_picture=needs_picture)
+    accepted = await submit_job(request, context, "image", model, waits=not later, needs_picture=needs_picture)
     job = accepted.job
     request.scope["state"]["job"] = job.id
     if later:

@@ -15,7 +15,7 @@ from shardit.server.http.schema.errors import answers
 from shardit.server.http.schema.jobs import VideoJob, VideoJobs
 from shardit.server.http.schema.openapi import binary, body
 from shardit.server.http.state.context import Context
-from shardit.server.http.submit.submit import accept
+from shardit.server.http.submit.submit import submit_job
 
 _POST = (400, 401, 403, 404, 408, 409, 413, 415, 429, 503)
 
@@ -32,7 +32,7 @@ def video_routes(context: Context) -> APIRouter:
     )
     async def create_video(request: Request, response: Response) -> Any:
         """Start a video job."""
-        accepted = await accept(request, context, "video", context.fields.video, waits=False)
+        accepted = await submit_job(request, context, "video", context.fields.video, waits=False)
         request.scope["state"]["job"] = accepted.job.id
         response.headers["Location"] = f"/v1/videos/{accepted.job.id}"
         return await run_in_threadpool(show, request, context, accepted.job)
@@ -45,7 +45,7 @@ def video_routes(context: Context) -> APIRouter:
     )
     async def create_video_and_wait(request: Request) -> Response:
         """Make a video and wait for it: the answer is the MP4 file, so n must be 1."""
-        accepted = await accept(request, context, "video", context.fields.video, waits=True, one=True)
+        accepted = await submit_job(request, context, "video", context.fields.video, waits=True, one=True)
         request.scope["state"]["job"] = accepted.job.id
         job = await until_ended(request, context, accepted.job)
         check_completed(job)

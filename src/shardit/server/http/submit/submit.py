@@ -53,7 +53,7 @@ def job_kind(takes: PipelineSignature) -> Kind:
     return takes.kind if takes.kind in ("image", "video") else "generation"
 
 
-async def accept(
+async def submit_job(
     request: Request,
     context: Context,
     kind: Kind,

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from shardit.server.http.middleware import Guard
+from shardit.server.http.middleware import HttpMiddleware
 from shardit.server.http.state.metrics import HttpMetrics
 from shardit.server.jobs.job import NewJob
 from shardit.server.jobs.store import Store
@@ -31,9 +31,9 @@ def test_a_fault_is_answered_with_all_headers(tmp_path: Path, capsys: pytest.Cap
         said.append(message)
 
     metrics = HttpMetrics()
-    guard = Guard(broken, ServeOptions("tiny/flux", tmp_path), metrics, lambda _: True)
+    middleware = HttpMiddleware(broken, ServeOptions("tiny/flux", tmp_path), metrics, lambda _: True)
     scope = {"type": "http", "method": "GET", "path": "/x", "headers": [(b"host", b"127.0.0.1")]}
-    asyncio.run(guard(scope, None, send))  # type: ignore[arg-type]
+    asyncio.run(middleware(scope, None, send))  # type: ignore[arg-type]
     start, body = said
     assert start["status"] == 500
     assert {b"x-request-id", b"x-content-type-options"} <= {name for name, _ in start["headers"]}

@@ -125,14 +125,14 @@ class GroupCoordinator:
         """Broadcast a picklable object of rank `src`."""
         box = [value]
         if self.world_size > 1:
-            self.guard(lambda: dist.broadcast_object_list(box, self.ranks[src], group=self.cpu_group), "broadcast")
+            self.call(lambda: dist.broadcast_object_list(box, self.ranks[src], group=self.cpu_group), "broadcast")
         return box[0]
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Gather the picklable objects of all ranks, in their order, on every rank."""
         out: list[Any] = [value] * self.world_size
         if self.world_size > 1:
-            self.guard(lambda: dist.all_gather_object(out, value, group=self.cpu_group), "gather")
+            self.call(lambda: dist.all_gather_object(out, value, group=self.cpu_group), "gather")
         return out
 
     def gather_on_first(self, value: Any) -> list[Any]:
@@ -140,7 +140,7 @@ class GroupCoordinator:
         if self.world_size == 1:
             return [value]
         out = [None] * self.world_size if self.is_first_rank else None
-        self.guard(lambda: dist.gather_object(value, out, self.ranks[0], group=self.cpu_group), "gather")
+        self.call(lambda: dist.gather_object(value, out, self.ranks[0], group=self.cpu_group), "gather")
         return out or []
 
     def gather_bytes(self, value: bytes) -> list[bytes]:
@@ -151,7 +151,7 @@ class GroupCoordinator:
         mine = torch.frombuffer(bytearray(value), dtype=torch.uint8)
         out = [torch.empty_like(mine) for _ in self.ranks]
         gather = self._exchange if self.world_size <= FEW else functools.partial(dist.all_gather, group=self.cpu_group)
-        self.guard(lambda: gather(out, mine), "gather")
+        self.call(lambda: gather(out, mine), "gather")
         out[self.rank_in_group] = mine
         return [one.numpy().tobytes() for one in out]
 
@@ -197,7 +197,7 @@ class GroupCoordinator:
         if not self._is_direct and not isinstance(self.device_group, HostGroup):
             ops = [dist.P2POp(dist.isend, tensor, self.ranks[place], self.device_group) for tensor, place in sends]
             ops += [dist.P2POp(dist.irecv, tensor, self.ranks[place], self.device_group) for tensor, place in receives]
-            return self.guard(lambda: dist.batch_isend_irecv(ops), what) if ops else []
+            return self.call(lambda: dist.batch_isend_irecv(ops), what) if ops else []
 
         def start(group: Any) -> list[Any]:
             """Post receives first, since gloo sends nothing before; the functions of torch.distributed take longer."""
@@ -210,7 +210,7 @@ class GroupCoordinator:
         """Start a sum over the group, in place, and return its handle."""
         if self._is_direct or isinstance(self.device_group, HostGroup):
             return self.start("all-reduce", lambda group: group.allreduce([tensor]))
-        return self.guard(lambda: dist.all_reduce(tensor, group=self.device_group, async_op=True), "all-reduce")
+        return self.call(lambda: dist.all_reduce(tensor, group=self.device_group, async_op=True), "all-reduce")
 
     @property
     def _is_direct(self) -> bool:
@@ -220,7 +220,7 @@ class GroupCoordinator:
 
     def start(self, what: str, begin: Callable[[Any], Any]) -> Any:
         """Begin an operation of the torch group, of which `begin` returns the handle."""
-        return self.guard(lambda: begin(self.device_group), what)
+        return self.call(lambda: begin(self.device_group), what)
 
     def isend_tensor_dict(self, values: dict[str, Any], dst: int | None = None) -> Callable[[], None]:
         """Start sending a dict of tensors and picklable values; returns a function that waits until all is received."""
@@ -229,7 +229,7 @@ class GroupCoordinator:
         header = torch.frombuffer(bytearray(pickle.dumps(described)), dtype=torch.uint8)
         head = [torch.tensor([len(header)]), header]
         tensors = [values[name].contiguous() for name in described[1]]
-        works = [self.guard(lambda: dist.isend(part, target, group=self.cpu_group), "send") for part in head]  # noqa: B023
+        works = [self.call(lambda: dist.isend(part, target, group=self.cpu_group), "send") for part in head]  # noqa: B023
         works += self.exchange([(tensor, self.ranks.index(target)) for tensor in tensors], [], "send")
         return lambda: self.wait(works, "send", head + tensors)
 
@@ -238,9 +238,9 @@ class GroupCoordinator:
         once for the description of the dict."""
         source = self.prev_rank if src is None else self.ranks[src]
         length = torch.zeros(1, dtype=torch.int64)
-        self.guard(lambda: dist.recv(length, source, group=self.cpu_group), "receive")
+        self.call(lambda: dist.recv(length, source, group=self.cpu_group), "receive")
         header = torch.empty(int(length), dtype=torch.uint8)
-        self.guard(lambda: dist.recv(header, source, group=self.cpu_group), "receive")
+        self.call(lambda: dist.recv(header, source, group=self.cpu_group), "receive")
         described = pickle.loads(header.numpy().tobytes())
         values = _empty(described, self.device)
         tensors = [values[name] for name in described[1]]
@@ -250,15 +250,15 @@ class GroupCoordinator:
     def barrier(self) -> None:
         """Wait until every rank of the group is here."""
         if self.world_size > 1:
-            self.guard(lambda: dist.barrier(group=self.cpu_group), "barrier")
+            self.call(lambda: dist.barrier(group=self.cpu_group), "barrier")
 
     def wait(self, works: Sequence[Any], what: str, alive: Any = None) -> None:
         """Wait for messages; `alive` holds their memory until then."""
         for work in works:
-            self.guard(lambda: work.wait(self.timeout), what)  # noqa: B023
+            self.call(lambda: work.wait(self.timeout), what)  # noqa: B023
         del alive
 
-    def guard(self, act: Callable[[], Any], what: str) -> Any:
+    def call(self, act: Callable[[], Any], what: str) -> Any:
         """Call a function of torch.distributed; raises RankError if it fails."""
         try:
             return act()

@@ -58,7 +58,7 @@ class Comm:
     def send(self, message: torch.Tensor, target: int, *, result: bool = False) -> Transfer:
         """Start sending a flat byte message to stage `target`. The caller must not write to it any more."""
         (group, place), tag = self._path(self.rank, target, result), AHEAD if self._is_small(message) else 0
-        work = self.group.guard(lambda: group.send([message], place, tag), f"send to {target}")
+        work = self.group.call(lambda: group.send([message], place, tag), f"send to {target}")
         self.sent_bytes += message.numel()
         self.messages += 1
         # gloo cancels a send whose handle is dropped, and frees nothing before a wait for it.
@@ -79,7 +79,7 @@ class Comm:
 
     def _post(self, message: torch.Tensor, source: int, result: bool, tag: int = 0) -> Transfer:
         (group, place), what = self._path(source, self.rank, result), f"receive from stage {source}"
-        work = self.group.guard(lambda: group.recv([message], place, tag), what)
+        work = self.group.call(lambda: group.recv([message], place, tag), what)
         return Transfer(work, message, what)
 
     def _is_small(self, message: torch.Tensor) -> bool:
@@ -131,7 +131,7 @@ class Comm:
         number = torch.tensor([count], dtype=torch.int64)
         group = self.group.cpu_group
         for rank in self.group.ranks[1:]:
-            work = self.group.guard(
+            work = self.group.call(
                 functools.partial(dist.isend, number, rank, group=group, tag=COUNTS), f"send to {rank}"
             )
             # Not held with the others: in a large group one round of counts would fill that, and then wait for ranks
@@ -146,7 +146,7 @@ class Comm:
         while len(self._expected) < 2:
             number = torch.empty(1, dtype=torch.int64)
             root, group, what = self.group.ranks[0], self.group.cpu_group, "receive from 0"
-            work = self.group.guard(functools.partial(dist.irecv, number, root, group=group, tag=COUNTS), what)
+            work = self.group.call(functools.partial(dist.irecv, number, root, group=group, tag=COUNTS), what)
             self._expected.append((number, Transfer(work, number, what)))
         number, transfer = self._expected.popleft()
         self.wait(transfer)

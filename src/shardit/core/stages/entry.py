@@ -97,7 +97,7 @@ class Entry:
 
         subclass_in_place(model, {"__call__": __call__, "shardit_entry": property(lambda model: self)})
 
-    def guard(self, runtime: Runtime, begin: Callable[[], Mapping[str, Any]], end: Callable[[], None]) -> None:
+    def compare_inputs(self, runtime: Runtime, begin: Callable[[], Mapping[str, Any]], end: Callable[[], None]) -> None:
         """Compare from now on what ranks give to the model: in the first call of each pipeline call, and, of a model
         that is used alone, in the first call of each signature.
 

@@ -124,7 +124,7 @@ def check_cache(mesh: Mesh, config: Any, name: str) -> None:
         raise UnsupportedError(f"{name}: {type(config).__name__} does not work over tensor ranks; {known} do")
 
 
-def guard(module: Any, name: str, mesh: Mesh) -> None:
+def refuse_methods(module: Any, name: str, mesh: Mesh) -> None:
     """Make methods that cannot work on a sharded component raise UnsupportedError, in place."""
     members: dict[str, Any] = {method: refused(method) for method in (*OFFLOAD, *SAVE) if hasattr(module, method)}
     members |= {method: refused(method) for method in BEFORE_PARALLELIZE_ON_MODULES if hasattr(module, method)}

@@ -34,9 +34,9 @@ from shardit.diffusion.sharding.components import (
     OFFLOAD,
     SAVE,
     components_of,
-    guard,
     modules_of,
     outermost,
+    refuse_methods,
     refused,
     shared_tensors,
     unpicklable,
@@ -80,7 +80,7 @@ def connect(
         part = getattr(pipe, name)
         part.shardit_boundary.reach(vars(pipe).values())
         part.shardit_boundary.libraries = LIBRARIES.own
-        guard(part, name, runtime.mesh)
+        refuse_methods(part, name, runtime.mesh)
         mark_absent(part, torch.device(runtime.mesh.device), LIBRARIES)
         ComponentSharding(name, part, config, runtime, False, None, assignment, cuts.get(name))
         if name in assignment.owned and runtime.mesh.rank == 0 and (why := left_whole(part)):
@@ -128,13 +128,13 @@ def shard_model(
     if overlaps and mesh.axes.keys() & {"sp", "tp"}:
         overlap(model, runtime, ADAPTER_SCALES, alone=cut.plan is not None)
     look_up_plain_blocks()
-    guard(model, name or type(model).__name__, mesh)
+    refuse_methods(model, name or type(model).__name__, mesh)
     found: Stages | None = getattr(model, "shardit_stages", None)
     staged = [] if found is None or mesh.pp_size == 1 else [block for block, _ in found.cut.blocks]
     refuse_partial_states(model, [*staged, *(slices.cuts if slices else ())], LIBRARIES)
     mark_absent(model, torch.device(mesh.device), LIBRARIES)
     sharding = ComponentSharding(name, model, config, runtime, True, cut.plan, assignment, slices)
-    entry_of(model).guard(runtime, sharding.begin, sharding.end)
+    entry_of(model).compare_inputs(runtime, sharding.begin, sharding.end)
 
 
 def join(pipe: Any, runtime: Runtime) -> None:

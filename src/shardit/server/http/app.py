@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 from shardit import __version__
 from shardit.logs import logger
 from shardit.server.http.answers.waiting import ClientGone
-from shardit.server.http.middleware import PROBED, Guard
+from shardit.server.http.middleware import PROBED, HttpMiddleware
 from shardit.server.http.routes.about import about_routes
 from shardit.server.http.routes.generations import generation_routes
 from shardit.server.http.routes.images import image_routes
@@ -64,7 +64,7 @@ def create_app(options: ServeOptions, store: Store, live_state: LiveState) -> Fa
     jsons |= {"tokenize": of_texts.tokenize, "detokenize": of_texts.detokenize}
     describe(app, (ImageUrl, ErrorBody, StreamOptions, ResponseFormat), bodies, jsons)
     app.add_middleware(
-        Guard, options=options, metrics=context.metrics, is_open=lambda path: path in _OPEN or path in files
+        HttpMiddleware, options=options, metrics=context.metrics, is_open=lambda path: path in _OPEN or path in files
     )
     if options.cors_origins:  # outermost, as a browser asks first whether it may, without a key
         app.add_middleware(
@@ -122,7 +122,7 @@ def _methods_of(request: Request) -> str:
     route = request.scope["route"]
     path, described = route.path, request.app.openapi()["paths"]  # which leaves out the page
     found = {*route.methods, *map(str.upper, described.get(path, ()))}
-    if "GET" in found and not path.endswith("/events"):  # as in `Guard`
+    if "GET" in found and not path.endswith("/events"):  # as in `HttpMiddleware`
         found.add("HEAD")
     return ", ".join(sorted(found))
 

@@ -43,8 +43,8 @@ _SAFE = {
 }
 
 
-class Guard:
-    """Checks requests. is_open: returns whether a path needs no key."""
+class HttpMiddleware:
+    """Checks, counts and logs requests. is_open: returns whether a path needs no key."""
 
     def __init__(self, app: ASGIApp, options: ServeOptions, metrics: HttpMetrics, is_open: Callable[[str], bool]):
         self._app = app

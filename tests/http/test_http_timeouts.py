@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from shardit.server.http import timeouts as patience
+from shardit.server.http import timeouts
 from tests.support.http_fake import WAIT_S
 
 LARGE = 64 * 1024**2
@@ -23,7 +23,7 @@ HEAD = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
 async def app(scope: Any, receive: Any, send: Any) -> None:
     """A small answer; a large one at /large; one that takes its time at /late."""
     if scope["path"] == "/late":
-        await asyncio.sleep(4 * patience.PAUSE_S)
+        await asyncio.sleep(4 * timeouts.PAUSE_S)
     content = bytes(LARGE if scope["path"] == "/large" else 2)
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(content))]})
     await send({"type": "http.response.body", "body": content})
@@ -31,9 +31,9 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
 
 @pytest.fixture
 def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    monkeypatch.setattr(patience, "PAUSE_S", 0.5)
+    monkeypatch.setattr(timeouts, "PAUSE_S", 0.5)
     config = uvicorn.Config(
-        app, http=patience.PatientProtocol, log_level="critical", lifespan="off", timeout_keep_alive=60
+        app, http=timeouts.IdleTimeoutProtocol, log_level="critical", lifespan="off", timeout_keep_alive=60
     )
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -90,7 +90,7 @@ def test_after_an_answer_too(port: int) -> None:
 def test_answers_that_nobody_reads(port: int) -> None:
     with connect(port) as sock:
         sock.sendall(HEAD.replace(b"/ ", b"/large ", 1) + b"\r\n")
-        time.sleep(4 * patience.PAUSE_S)
+        time.sleep(4 * timeouts.PAUSE_S)
         got = 0
         try:
             while piece := sock.recv(1024**2):

@@ -24,7 +24,7 @@ from shardit.server.messages import Ping, Pong
 from shardit.server.options import ServeOptions
 from shardit.server.process import heartbeat as heartbeat
 from shardit.server.process.api_process import ApiProcess, start
-from shardit.server.process.heartbeat import ASK_EVERY_S, MAX_SLOWDOWN, MAX_STEP_S, PATIENCE_S, START_S, Heartbeat
+from shardit.server.process.heartbeat import ASK_EVERY_S, GRACE_S, MAX_SLOWDOWN, MAX_STEP_S, START_S, Heartbeat
 
 WAIT_S = 120.0
 
@@ -57,9 +57,9 @@ def test_a_silent_process_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
         before = asked.asked
         assert not asked.hangs_after(ASK_EVERY_S + 0.25)
         assert asked.asked == before + 1
-        assert not asked.hangs_after(PATIENCE_S - 1.5)
+        assert not asked.hangs_after(GRACE_S - 1.5)
         asked.heartbeat.answered()
-    assert not asked.hangs_after(PATIENCE_S)
+    assert not asked.hangs_after(GRACE_S)
     assert asked.hangs_after(1.0)
 
 
@@ -73,7 +73,7 @@ def test_a_loaded_machine_is_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not asked.hangs_after(times * START_S)
         assert asked.hangs_after(2.0)
         asked.heartbeat.answered()
-        assert not asked.hangs_after(times * PATIENCE_S)
+        assert not asked.hangs_after(times * GRACE_S)
         assert asked.hangs_after(2.0)
 
 
@@ -83,7 +83,7 @@ def test_paused_supervisor_reports_no_hang(monkeypatch: pytest.MonkeyPatch) -> N
     asked.heartbeat.answered()
     asked.hangs_after(ASK_EVERY_S)
     assert not asked.hangs_after(3600.0, every_s=3600.0)
-    assert not asked.hangs_after(PATIENCE_S - MAX_STEP_S - 1.0)  # time to answer
+    assert not asked.hangs_after(GRACE_S - MAX_STEP_S - 1.0)  # time to answer
     assert asked.hangs_after(2.0)
 
 
@@ -164,7 +164,7 @@ def test_a_package_that_is_broken_ends_the_server(
 
 
 def test_a_hung_api_process_is_restarted(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heartbeat, "PATIENCE_S", 3.0)
+    monkeypatch.setattr(heartbeat, "GRACE_S", 3.0)
     kept.until(kept.answers)
     first = kept.api.pid
     assert first is not None

@@ -22,7 +22,7 @@ from shardit.engine.rank.outcomes import Taken
 from shardit.engine.rank.programs import Programs
 from shardit.engine.rank.serving import ServingWorker
 from shardit.server.supervisor import running
-from shardit.server.supervisor.patience import MAX_SIZES, MIN_PATIENCE_S, Patience
+from shardit.server.supervisor.silence_limit import MAX_SIZES, MIN_LIMIT_S, SilenceLimit
 from tests.support.played import Server, played_server
 
 
@@ -58,33 +58,33 @@ def test_ranks_of_a_loaded_machine_have_more_time(
     assert server.jobs.hang_detector.overdue() is not None
 
 
-def test_patience_is_learned() -> None:
-    patience = Patience(600)
+def test_limit_of_silence_is_learned() -> None:
+    silence_limit = SilenceLimit(600)
     small, large = ("small",), ("large",)
-    assert patience.bound([small]) == 600
-    patience.record(small, 1.0)
-    assert patience.bound([small]) == 600  # it has not ended yet
-    patience.completed(small)
-    assert patience.bound([small]) == MIN_PATIENCE_S
-    patience.record(small, 7.0)
-    patience.record(small, 3.0)
-    assert patience.bound([small]) == 35
-    assert patience.bound([small, small]) == 70
-    assert patience.bound([small, large]) == 600
+    assert silence_limit.bound([small]) == 600
+    silence_limit.record(small, 1.0)
+    assert silence_limit.bound([small]) == 600  # it has not ended yet
+    silence_limit.completed(small)
+    assert silence_limit.bound([small]) == MIN_LIMIT_S
+    silence_limit.record(small, 7.0)
+    silence_limit.record(small, 3.0)
+    assert silence_limit.bound([small]) == 35
+    assert silence_limit.bound([small, small]) == 70
+    assert silence_limit.bound([small, large]) == 600
 
 
 def test_ranks_that_have_just_started_have_more_time() -> None:
-    patience = Patience(600)
+    silence_limit = SilenceLimit(600)
     first, quick = ("first",), ("quick",)
-    patience.record(first, 40.0)  # it loaded kernels and connected
-    patience.completed(first)
-    patience.record(quick, 0.1)
-    patience.completed(quick)
-    assert patience.bound([quick]) == MIN_PATIENCE_S
-    patience.cold = True
-    assert patience.bound([quick]) == pytest.approx(5 * 40.1)
-    patience.completed(quick)
-    assert patience.bound([quick]) == MIN_PATIENCE_S
+    silence_limit.record(first, 40.0)  # it loaded kernels and connected
+    silence_limit.completed(first)
+    silence_limit.record(quick, 0.1)
+    silence_limit.completed(quick)
+    assert silence_limit.bound([quick]) == MIN_LIMIT_S
+    silence_limit.cold = True
+    assert silence_limit.bound([quick]) == pytest.approx(5 * 40.1)
+    silence_limit.completed(quick)
+    assert silence_limit.bound([quick]) == MIN_LIMIT_S
 
 
 def test_a_hang_is_found(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,18 +135,18 @@ def test_a_hang_of_one_replica_is_found(server: Server, monkeypatch: pytest.Monk
     assert server.jobs.hang_detector.overdue() is not None
 
 
-def test_patience_forgets_sizes_of_long_ago() -> None:
-    patience = Patience(600)
+def test_silence_limit_forgets_sizes_of_long_ago() -> None:
+    silence_limit = SilenceLimit(600)
     often = ("often",)
     for number in range(2 * MAX_SIZES):
-        patience.record((number,), 3.0)
-        patience.completed((number,))
-        patience.record(often, 4.0)
-        patience.completed(often)
-    assert patience.bound([often]) == 20
-    assert patience.bound([(2 * MAX_SIZES - 1,)]) == 15
-    assert patience.bound([(0,)]) == 600
-    assert len(patience._slowest) == len(patience._known) == MAX_SIZES
+        silence_limit.record((number,), 3.0)
+        silence_limit.completed((number,))
+        silence_limit.record(often, 4.0)
+        silence_limit.completed(often)
+    assert silence_limit.bound([often]) == 20
+    assert silence_limit.bound([(2 * MAX_SIZES - 1,)]) == 15
+    assert silence_limit.bound([(0,)]) == 600
+    assert len(silence_limit._slowest) == len(silence_limit._known) == MAX_SIZES
 
 
 # Ranks that fail alone.

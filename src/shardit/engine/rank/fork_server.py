@@ -206,9 +206,9 @@ class ForkServer:
             shutil.rmtree(self.directory, ignore_errors=True)
             self.directory = None
 
-    def reap(self, patience_s: float) -> None:
-        """Wait for ranks to exit, `patience_s` seconds at most."""
-        deadline = time.monotonic() + patience_s
+    def reap(self, grace_s: float) -> None:
+        """Wait for ranks to exit, `grace_s` seconds at most."""
+        deadline = time.monotonic() + grace_s
         while True:
             self.pids = {rank: pid for rank, pid in self.pids.items() if os.waitpid(pid, os.WNOHANG)[0] == 0}
             if not self.pids or time.monotonic() >= deadline:

@@ -28,14 +28,14 @@ LEFT_BEHIND_S = 6.0
 _NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
-def serve(options: ServeOptions, placement: Placement | None = None, patience_s: float = 0.0) -> int:
+def serve(options: ServeOptions, placement: Placement | None = None, grace_s: float = 0.0) -> int:
     """Serve until SIGTERM or Ctrl-C; returns the exit code. Raises InputError for errors that the user can correct.
 
-    patience_s: wait for the data folder, in seconds, if an exiting server may still hold it.
+    grace_s: wait for the data folder, in seconds, if an exiting server may still hold it.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the supervisor sets its own handler
     with (
-        locked(options.data_dir, patience_s) as was_killed,
+        locked(options.data_dir, grace_s) as was_killed,
         listening(options.host, options.port, LEFT_BEHIND_S if was_killed else 0.0) as listener,
         api_process.started(listener) as api,  # it takes longest to import, so it begins before the rest is imported
     ):
@@ -61,9 +61,9 @@ def _placement_for(options: ServeOptions) -> Placement:
 
 
 @contextlib.contextmanager
-def listening(host: str, port: int, patience_s: float = 0.0) -> Iterator[socket.socket]:
-    """Open a listening TCP socket. Raises InputError if the address is unavailable for `patience_s` seconds."""
-    deadline = time.monotonic() + patience_s
+def listening(host: str, port: int, grace_s: float = 0.0) -> Iterator[socket.socket]:
+    """Open a listening TCP socket. Raises InputError if the address is unavailable for `grace_s` seconds."""
+    deadline = time.monotonic() + grace_s
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -84,10 +84,10 @@ def listening(host: str, port: int, patience_s: float = 0.0) -> Iterator[socket.
 
 
 @contextlib.contextmanager
-def locked(folder: Path, patience_s: float = 0.0) -> Iterator[bool]:
+def locked(folder: Path, grace_s: float = 0.0) -> Iterator[bool]:
     """Lock the data folder for this server; yields whether the previous server was killed, so that its processes may
-    still be running. Raises InputError if another server holds the folder for `patience_s` seconds."""
-    deadline = time.monotonic() + patience_s
+    still be running. Raises InputError if another server holds the folder for `grace_s` seconds."""
+    deadline = time.monotonic() + grace_s
     check_name("data folder", folder)
     made = not folder.exists()
     try:

@@ -20,7 +20,7 @@ from shardit.server.http.app import create_app
 from shardit.server.http.state import model_info
 from shardit.server.http.state.live_state import Info, LiveState
 from shardit.server.http.state.supervisor_link import SupervisorClient
-from shardit.server.http.timeouts import PatientProtocol
+from shardit.server.http.timeouts import IdleTimeoutProtocol
 from shardit.server.jobs.store import Store
 from shardit.server.options import ServeOptions
 
@@ -85,7 +85,7 @@ async def _serve(options: ServeOptions, store: Store, link: SupervisorClient, li
 def _config(app: FastAPI) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http=PatientProtocol,
+        http=IdleTimeoutProtocol,
         log_config=None,
         access_log=False,
         log_level="warning",

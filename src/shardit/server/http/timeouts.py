@@ -15,7 +15,7 @@ PAUSE_S = 30.0
 """Time limit for a client to send the head of a request, and to read some of an answer, in seconds each."""
 
 
-class PatientProtocol(AutoHTTPProtocol):  # pyright: ignore[reportGeneralTypeIssues]
+class IdleTimeoutProtocol(AutoHTTPProtocol):  # pyright: ignore[reportGeneralTypeIssues]
     """uvicorn's protocol with a check of each connection every `PAUSE_S`: it is closed if nothing has happened since
     the last check, although its client was expected to send or to read."""
 

@@ -1,7 +1,7 @@
 // Everything that goes over the network. Addresses are relative, so that the page also works behind a proxy's prefix.
 
 const STORED = "shardit-api-key";
-const PATIENCE_MS = 20_000; // for answers that need no upload and no work
+const TIMEOUT_MS = 20_000; // for answers that need no upload and no work
 
 let key = sessionStorage.getItem(STORED);
 let tellLocked = () => {};
@@ -60,7 +60,7 @@ async function failureOf(answer) {
 }
 
 /** The JSON that `path` answers with. */
-export async function json(path, { method = "GET", signal = AbortSignal.timeout(PATIENCE_MS), ...options } = {}) {
+export async function json(path, { method = "GET", signal = AbortSignal.timeout(TIMEOUT_MS), ...options } = {}) {
   const answer = await request(path, { method, signal, ...options });
   try {
     // Seeds may have more digits than a number of JavaScript holds; those stay text.

@@ -23,7 +23,7 @@ ARRIVE_S = 900.0
 """Time limit for all ranks to arrive, in seconds. They arrive before they load the model."""
 AGAIN_S = 60.0
 """Seconds that a supervisor waits to be stopped when ranks are restarted."""
-PATIENCE_S = 20.0
+GRACE_S = 20.0
 """Seconds that a supervisor waits for its predecessor to release the data folder and the port."""
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from shardit.engine.process.hangs import slowdown
 
 ASK_EVERY_S = 1.0
-PATIENCE_S = 10.0
+GRACE_S = 10.0
 """Longest silence of an event loop, in seconds, that is not a hang; longer on a loaded machine (`slowdown`)."""
 START_S = 60.0
 """The same before the first answer: the process starts and imports."""
@@ -27,11 +27,11 @@ class Heartbeat:
         self._waits = False
         self._asked_at = -ASK_EVERY_S
         self._looked_at = time.monotonic()
-        self._silence_s, self._patience_s = 0.0, START_S
+        self._silence_s, self._grace_s = 0.0, START_S
 
     def answered(self) -> None:
         """Record an answer."""
-        self._waits, self._patience_s = False, PATIENCE_S
+        self._waits, self._grace_s = False, GRACE_S
 
     def hangs(self) -> bool:
         """Return whether it has been silent for too long. To be called a few times per second."""
@@ -42,4 +42,4 @@ class Heartbeat:
         elif now - self._asked_at >= ASK_EVERY_S:
             self._waits, self._asked_at, self._silence_s = True, now, 0.0
             self._ask()
-        return self._waits and self._silence_s > self._patience_s * min(slowdown(), MAX_SLOWDOWN)
+        return self._waits and self._silence_s > self._grace_s * min(slowdown(), MAX_SLOWDOWN)

@@ -30,9 +30,9 @@ from shardit.server.options import ServeOptions
 from shardit.server.supervisor.cost_history import CostHistory
 from shardit.server.supervisor.finish import JobFinisher, failure
 from shardit.server.supervisor.kinds import PipelineJobs, TextJobs, kind_of
-from shardit.server.supervisor.patience import Patience
 from shardit.server.supervisor.prefetch import Prefetcher
 from shardit.server.supervisor.running import Running, Size, in_flight
+from shardit.server.supervisor.silence_limit import SilenceLimit
 from shardit.server.supervisor.texts import Texts
 
 SUSPECT_AFTER = 2
@@ -73,11 +73,11 @@ class Dispatcher:
         self._most: dict[int, int] = {}  # by replica: pixels in flight at most, since it last had none
         self._replicas = options.config.data_parallel_size
         self._together = rank_group.size // self._replicas
-        self.patience = Patience(options.step_timeout_s)
+        self.silence_limit = SilenceLimit(options.step_timeout_s)
         self.hang_detector = HangDetector(
             rank_group,
             lambda: [running.on_ranks for running in self.running.values()],
-            lambda replica: slowdown() * self.patience.bound(self._sizes(replica)),
+            lambda replica: slowdown() * self.silence_limit.bound(self._sizes(replica)),
             rank_group.timeouts.doubt_s,
         )
 
@@ -87,7 +87,7 @@ class Dispatcher:
         """All ranks have loaded; `infos` by rank."""
         self.kind = kind_of(infos[0], self.prefetcher, self.texts)
         self.hang_detector.reset()
-        self.patience.cold = True
+        self.silence_limit.cold = True
         self.learned.at_rest(infos)
         self.fill()
 
@@ -153,7 +153,7 @@ class Dispatcher:
     def _heard_of(self, replica: int) -> None:
         silence = self.hang_detector.record_message(replica)
         for size in {one.size for one in self._in_flight(replica)}:
-            self.patience.record(size, silence)
+            self.silence_limit.record(size, silence)
 
     def down(self, why: Failure) -> None:
         """Handle the loss of the ranks: queue their jobs again."""
@@ -329,11 +329,11 @@ class Dispatcher:
         elif isinstance(output, GroupOutput):
             self.ends.end(running.job, "completed", facts=stored_results(output))
             self.metrics.preemptions.inc(output.preemptions)
-            self.patience.completed(running.size)
+            self.silence_limit.completed(running.size)
         else:
             peaks = {rank: end.peak_bytes for rank, end in running.on_ranks.finished.items()}
             self.ends.write(running.job, output, peaks, then=self.fill)
-            self.patience.completed(running.size)
+            self.silence_limit.completed(running.size)
             self.metrics.phases(running)
             self.learned.completed(running.work, time.monotonic() - running.begun, together, max(peaks.values()))
 

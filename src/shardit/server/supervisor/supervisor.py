@@ -29,7 +29,7 @@ from shardit.server.process.api_process import ApiProcess, Started
 from shardit.server.process.forced_exit import ForcedExit, exit_code
 from shardit.server.supervisor.dispatch import Dispatcher
 from shardit.server.supervisor.metrics import SupervisorMetrics
-from shardit.server.supervisor.patience import TIMES_SLOWEST
+from shardit.server.supervisor.silence_limit import TIMES_SLOWEST
 from shardit.settings.model_options import described
 
 LOAD_TIMEOUT_S = 3600.0

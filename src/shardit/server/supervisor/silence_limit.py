@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from shardit.server.supervisor.running import Size
 
-MIN_PATIENCE_S = 10.0
+MIN_LIMIT_S = 10.0
 TIMES_SLOWEST = 5.0
 """Ranks count as hanging when they are silent for the larger of 10 s and five times the longest silence so far, both
 times `hangs.slowdown`: ranks of a loaded machine are slow, not stuck."""
@@ -12,7 +12,7 @@ MAX_SIZES = 512
 """Number of remembered sizes; the least recently used ones are dropped."""
 
 
-class Patience:
+class SilenceLimit:
     """The longest silences by size of the jobs."""
 
     def __init__(self, first_s: float):
@@ -41,4 +41,4 @@ class Patience:
         if any(size not in self._known for size in sizes):
             return self._first_s
         start = max(self._slowest.values()) if self.cold else 0.0  # the slowest so far includes an earlier start
-        return max(MIN_PATIENCE_S, TIMES_SLOWEST * (start + sum(self._slowest[size] for size in sizes)))
+        return max(MIN_LIMIT_S, TIMES_SLOWEST * (start + sum(self._slowest[size] for size in sizes)))

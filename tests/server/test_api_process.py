@@ -19,7 +19,7 @@ from shardit.engine.process.channel import Channel
 from shardit.engine.process.loop import Loop
 from shardit.logs import logger
 from shardit.server.entry.serve import listening
-from shardit.server.http.state.supervisor_link import SupervisorClient
+from shardit.server.http.state.supervisor_client import SupervisorClient
 from shardit.server.messages import Ping, Pong
 from shardit.server.options import ServeOptions
 from shardit.server.process import heartbeat as heartbeat

@@ -17,10 +17,10 @@ from shardit import __version__
 from shardit.logs import logger
 from shardit.server.http.answers.waiting import ClientGone
 from shardit.server.http.middleware import PROBED, HttpMiddleware
-from shardit.server.http.routes.about import about_routes
 from shardit.server.http.routes.generations import generation_routes
 from shardit.server.http.routes.images import image_routes
 from shardit.server.http.routes.page import page_files, page_routes
+from shardit.server.http.routes.server_info import server_info_routes
 from shardit.server.http.routes.texts import text_routes
 from shardit.server.http.routes.tokens import token_routes
 from shardit.server.http.routes.videos import video_routes
@@ -50,7 +50,7 @@ def create_app(options: ServeOptions, store: Store, live_state: LiveState) -> Fa
     )
     app.state.texts = texts
     files = page_files()
-    routes = (image_routes, video_routes, generation_routes, text_routes, token_routes, about_routes)
+    routes = (image_routes, video_routes, generation_routes, text_routes, token_routes, server_info_routes)
     for router in (*(make(context) for make in routes), page_routes(files)):
         app.include_router(router)
     for kind, handler in _HANDLERS.items():

@@ -19,7 +19,7 @@ from shardit.logs import logger, take_over
 from shardit.server.http.app import create_app
 from shardit.server.http.state import model_info
 from shardit.server.http.state.live_state import Info, LiveState
-from shardit.server.http.state.supervisor_link import SupervisorClient
+from shardit.server.http.state.supervisor_client import SupervisorClient
 from shardit.server.http.timeouts import IdleTimeoutProtocol
 from shardit.server.jobs.store import Store
 from shardit.server.options import ServeOptions

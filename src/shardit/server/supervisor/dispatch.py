@@ -29,7 +29,7 @@ from shardit.server.messages import Changed, Step, StepTokens, Tokens
 from shardit.server.options import ServeOptions
 from shardit.server.supervisor.cost_history import CostHistory
 from shardit.server.supervisor.finish import JobFinisher, failure
-from shardit.server.supervisor.kinds import PipelineJobs, TextJobs, kind_of
+from shardit.server.supervisor.model_jobs import PipelineJobs, TextJobs, jobs_of_model
 from shardit.server.supervisor.prefetch import Prefetcher
 from shardit.server.supervisor.running import Running, Size, in_flight
 from shardit.server.supervisor.silence_limit import SilenceLimit
@@ -85,7 +85,7 @@ class Dispatcher:
 
     def ready(self, infos: Sequence[ModelInfo | LanguageInfo]) -> None:
         """All ranks have loaded; `infos` by rank."""
-        self.kind = kind_of(infos[0], self.prefetcher, self.texts)
+        self.kind = jobs_of_model(infos[0], self.prefetcher, self.texts)
         self.hang_detector.reset()
         self.silence_limit.cold = True
         self.learned.at_rest(infos)

@@ -73,7 +73,7 @@ class ServerInfo(Readiness):
     notes: list[str]
 
 
-def about_routes(context: Context) -> APIRouter:
+def server_info_routes(context: Context) -> APIRouter:
     """Return the routes about the server itself."""
     router = APIRouter(tags=["server"])
     model = Model(id=context.options.name, created=int(context.started_at))

@@ -55,6 +55,6 @@ class TextJobs:
         return NO_WORK
 
 
-def kind_of(info: ModelInfo | LanguageInfo, prefetcher: Prefetcher, texts: Texts) -> PipelineJobs | TextJobs:
+def jobs_of_model(info: ModelInfo | LanguageInfo, prefetcher: Prefetcher, texts: Texts) -> PipelineJobs | TextJobs:
     """Return the kind of the jobs of a model."""
     return TextJobs(texts) if isinstance(info, LanguageInfo) else PipelineJobs(info, prefetcher)

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from shardit.config import DiffusionParallelConfig, fitting_partition
 from shardit.core.comm.collectives import Collectives
-from shardit.core.decoder.link import Link
 from shardit.core.decoder.stages import DecoderStages
+from shardit.core.decoder.tensor_exchange import TensorExchange
 from shardit.core.modules.absent import mark_absent, partial_state_dict, refuse_partial_states
 from shardit.core.modules.blocks import drop_blocks, find_blocks
 from shardit.core.modules.hooks import add_libraries
@@ -147,8 +147,8 @@ def shard_decoder(model: Any, runtime: Runtime, layout: DecoderLayout, config: D
     stages, checks = None, getattr(model, "shardit_checks", None)
     if runtime.mesh.pp_size > 1:
         caches = StageCaches(layout.owners, runtime.comm.rank, [plain_class(block) for _, block in blocks])
-        link = Link(runtime.comm, runtime.turns.let_others)
-        stages = DecoderStages(model, link, blocks, layout.owners, caches, collected)
+        exchange = TensorExchange(runtime.comm, runtime.turns.let_others)
+        stages = DecoderStages(model, exchange, blocks, layout.owners, caches, collected)
         drop_blocks(model, blocks, layout.owners, runtime.comm.rank, None)
         stages.install()
     decoder, changes = Decoder(type(model).__name__, config, stages), Changes(model, stages, layout.slices, neighbours)

@@ -79,7 +79,7 @@ class FirstRankCriteria(StoppingCriteriaList):
     ):
         super().__init__(criteria)
         self._of_tokens = _read_only_tokens(criteria)
-        self._link = None if stages is None else stages.link
+        self._exchange = None if stages is None else stages.exchange
         self._neighbours = neighbours
         self._compared = None if all(map(_is_of_transformers, criteria)) else runtime.replica.group
 
@@ -96,7 +96,7 @@ class FirstRankCriteria(StoppingCriteriaList):
             return done
         if self._neighbours is not None:
             done = self._neighbours.of_first(done.to(input_ids.dtype)).bool()
-        return done if self._link is None else self._link.share(done, frozenset((0,)))
+        return done if self._exchange is None else self._exchange.share(done, frozenset((0,)))
 
 
 def _is_of_transformers(one: Any) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from shardit.core.decoder.link import Link
+from shardit.core.decoder.tensor_exchange import TensorExchange
 
 SMALL = 4096
 """Elements of the largest integer results that all ranks get at once."""
@@ -53,7 +53,7 @@ class StageTensor(torch.Tensor):
 
     data_here: torch.Tensor | None
     memory: Memory
-    link: Link
+    exchange: TensorExchange
     copy_ranks: frozenset[int] = frozenset()
     copy: int = 0
 
@@ -78,13 +78,13 @@ def look_of(tensor: torch.Tensor) -> Look:
     return tensor.shape, tensor.stride(), int(tensor.storage_offset()), tensor.dtype
 
 
-def stage_tensor(look: Look, data: torch.Tensor | None, memory: Memory, link: Link) -> StageTensor:
+def stage_tensor(look: Look, data: torch.Tensor | None, memory: Memory, exchange: TensorExchange) -> StageTensor:
     """Return a stage tensor over a tensor of this rank, or over nothing."""
     size, strides, offset, dtype = look
     out: Any = torch.Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
-        StageTensor, size, strides=strides, storage_offset=offset, dtype=dtype, device=link.device
+        StageTensor, size, strides=strides, storage_offset=offset, dtype=dtype, device=exchange.device
     )
-    out.data_here, out.memory, out.link = data, memory, link
+    out.data_here, out.memory, out.exchange = data, memory, exchange
     return out
 
 
@@ -95,8 +95,8 @@ def bring(tensors: Sequence[StageTensor], ranks: frozenset[int]) -> None:
     moving = [(tensor, missing) for tensor in dict.fromkeys(tensors) if (missing := ranks - tensor.holders)]
     if not moving:
         return
-    link = moving[0][0].link
-    data = link.move([(_or_meta(tensor), min(tensor.holders), missing) for tensor, missing in moving])
+    exchange = moving[0][0].exchange
+    data = exchange.move([(_or_meta(tensor), min(tensor.holders), missing) for tensor, missing in moving])
     for (tensor, missing), here in zip(moving, data, strict=True):
         tensor.data_here = None if here.is_meta else here
         tensor.copy = tensor.copy or next(_copies)
@@ -106,7 +106,7 @@ def bring(tensors: Sequence[StageTensor], ranks: frozenset[int]) -> None:
 
 def written(tensor: StageTensor, ranks: frozenset[int]) -> None:
     """Some ranks have written to the memory of a tensor: they alone have what it holds now."""
-    here = tensor.link.rank
+    here = tensor.exchange.rank
     for other in [tensor, *tensor.memory.copied()]:
         other.copy_ranks = other.copy_ranks & ranks if other.copy == tensor.copy else frozenset()
     tensor.memory.holders &= ranks
@@ -120,7 +120,7 @@ def materialized(tree: Any) -> Any:
     staged = [leaf for leaf in tree_leaves(tree) if type(leaf) is StageTensor]
     if not staged:
         return tree
-    bring(staged, staged[0].link.everyone)
+    bring(staged, staged[0].exchange.everyone)
     return tree_map(_data, tree)
 
 
@@ -130,13 +130,13 @@ def mapped(function: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tenso
         return function(tensor)
     data = None if tensor.data_here is None else function(tensor.data_here)
     look = look_of(torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
-    return stage_tensor(look, data, Memory(tensor.holders), tensor.link)
+    return stage_tensor(look, data, Memory(tensor.holders), tensor.exchange)
 
 
 def held_as(like: StageTensor, made: torch.Tensor) -> StageTensor:
     """A tensor that all ranks have, for use on the ranks that own the memory of another one."""
-    ranks, link = like.memory.holders, like.link
-    return stage_tensor(look_of(made), made if link.rank in ranks else None, Memory(ranks), link)
+    ranks, exchange = like.memory.holders, like.exchange
+    return stage_tensor(look_of(made), made if exchange.rank in ranks else None, Memory(ranks), exchange)
 
 
 @dataclass(frozen=True)
@@ -169,20 +169,20 @@ def _kind(func: Any) -> _Kind:
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     kind = _kind(func)
     staged = _staged((*args, *kwargs.values()))
-    link = staged[0].link
+    exchange = staged[0].exchange
     if kind.without_data:
         return func(*_each(_example, args), **kwargs)
     changed = [args[w] if isinstance(w, int) else kwargs[w] for w in kind.writes if w in kwargs or isinstance(w, int)]
     if kind.reads_values or (changed and len(_staged(changed)) < len(tree_leaves(changed))):
-        bring(staged, link.everyone)
+        bring(staged, exchange.everyone)
         out = _with_data(func, args, kwargs)
         for leaf in _staged(changed):
-            written(leaf, link.everyone)
+            written(leaf, exchange.everyone)
         return _result(changed) if changed else out
     ranks = _ranks(staged)
     if kind.draws:
-        out = _drawn(func, args, kwargs, ranks, link)
-    elif link.rank in ranks:
+        out = _drawn(func, args, kwargs, ranks, exchange)
+    elif exchange.rank in ranks:
         out = _with_data(func, args, kwargs)
     elif changed:
         out = None
@@ -190,7 +190,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = _shapes(func, args, kwargs)
     for leaf in _staged(changed):
         written(leaf, ranks)
-    return _result(changed) if changed else _wrapped(out, kind, staged[0], ranks, link)
+    return _result(changed) if changed else _wrapped(out, kind, staged[0], ranks, exchange)
 
 
 def _staged(values: Iterable[Any]) -> list[StageTensor]:
@@ -224,36 +224,38 @@ def _ranks(staged: Sequence[StageTensor]) -> frozenset[int]:
     return ranks
 
 
-def _wrapped(out: Any, kind: _Kind, base: StageTensor, ranks: frozenset[int], link: Link) -> Any:
+def _wrapped(out: Any, kind: _Kind, base: StageTensor, ranks: frozenset[int], exchange: TensorExchange) -> Any:
     def wrap(made: Any) -> Any:
         if not isinstance(made, (torch.Tensor, _Shape)):
             return made
         look, data = (made.look, None) if isinstance(made, _Shape) else (look_of(made), made)
         if kind.view:
-            view = stage_tensor(look, data, base.memory, link)
+            view = stage_tensor(look, data, base.memory, exchange)
             if base.copy_ranks:
                 view.copy_ranks, view.copy = base.copy_ranks, base.copy
                 base.memory.add_copied(view)
             return view
         if not look[3].is_floating_point and look[0].numel() <= SMALL:
-            return data if len(ranks) == link.size else link.share(_meta(look) if data is None else data, ranks)
-        return stage_tensor(look, data, Memory(ranks), link)
+            return data if len(ranks) == exchange.size else exchange.share(_meta(look) if data is None else data, ranks)
+        return stage_tensor(look, data, Memory(ranks), exchange)
 
     return wrap(out) if isinstance(out, (torch.Tensor, _Shape)) else tree_map(wrap, out)
 
 
-def _drawn(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ranks: frozenset[int], link: Link) -> Any:
+def _drawn(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ranks: frozenset[int], exchange: TensorExchange
+) -> Any:
     """Return the result of an operation that draws. The generator that it draws from moves on all ranks as on those
     that run it."""
-    generator = kwargs.get("generator") or global_generator(link.device)
-    if link.rank in ranks:
+    generator = kwargs.get("generator") or global_generator(exchange.device)
+    if exchange.rank in ranks:
         out = _with_data(func, args, kwargs)
     else:
         out = _shapes(func, args, {name: value for name, value in kwargs.items() if name != "generator"})
-    if len(ranks) < link.size:
+    if len(ranks) < exchange.size:
         state = generator.get_state()
-        shared = link.share(state if link.rank in ranks else state.to("meta"), ranks)
-        if link.rank not in ranks:
+        shared = exchange.share(state if exchange.rank in ranks else state.to("meta"), ranks)
+        if exchange.rank not in ranks:
             generator.set_state(shared.clone().cpu())
     return out
 
@@ -319,7 +321,7 @@ def _example(leaf: Any) -> Any:
     """Return a tensor of the same kind on the device, whose values do not matter."""
     if type(leaf) is not StageTensor:
         return leaf
-    return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.link.device)
+    return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.exchange.device)
 
 
 def _as_meta(leaf: Any) -> Any:

@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from shardit.core.comm.barrier import sendable
 from shardit.core.decoder.given import Given, of_kind
-from shardit.core.decoder.link import Link
 from shardit.core.decoder.shapes import Looks, Returned, describe, fits, narrowed, without_gaps
 from shardit.core.decoder.stage_tensor import Memory, StageTensor, bring, look_of, stage_tensor
+from shardit.core.decoder.tensor_exchange import TensorExchange
 from shardit.core.modules.patching import subclass_in_place
 from shardit.core.runtime.versions import changed, mark
 from shardit.errors import RankError, UnsupportedError
@@ -84,7 +84,7 @@ class DecoderStages:
     """
 
     model: nn.Module
-    link: Link
+    exchange: TensorExchange
     blocks: list[tuple[str, nn.Module]]
     owners: list[int]
     caches: CacheTracker
@@ -98,7 +98,7 @@ class DecoderStages:
     _given: Given | None = None
 
     def __post_init__(self) -> None:
-        self._each = [frozenset((rank,)) for rank in range(self.link.size)]
+        self._each = [frozenset((rank,)) for rank in range(self.exchange.size)]
 
     def install(self) -> None:
         """Intercept the calls of all blocks, at `forward`: hooks see what blocks of other ranks give, too."""
@@ -121,7 +121,7 @@ class DecoderStages:
 
     def block_call(self, index: int, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a block on its owner; the others get stage tensors for its results."""
-        owner, link = self.owners[index], self.link
+        owner, exchange = self.owners[index], self.exchange
         given = None if self._given is None else self._given.next(args, kwargs)
         if given is None:
             given = Given.of(args, kwargs, self._mode(index), self._structures, self.caches.among)
@@ -133,14 +133,14 @@ class DecoderStages:
             key, call = (*key, names), self.collector.apart(call)
         known = self._known.get(key)
         expected = None if known is None or index in self._storing else given.looks(known)
-        if owner == link.rank:
+        if owner == exchange.rank:
             out = self._own(key, call, given, known, expected)
         else:
             if known is None or expected is None:
                 known, expected = self._learn_from_owner(key, known, owner)
             self.caches.advance(key, given.caches, given.leaves)
             for q in known.writes:
-                link.comm.broadcast(given.leaves[q], owner)
+                exchange.comm.broadcast(given.leaves[q], owner)
             out = self._absent(known, expected, given.leaves, owner)
         if given.mappings:
             out, written = out
@@ -155,12 +155,12 @@ class DecoderStages:
 
     def _mode(self, index: int) -> Any:
         """Return the values, apart from arguments, that determine the dtypes of a block's results."""
-        kind = self.link.device.type
+        kind = self.exchange.device.type
         dtype = next((parameter.dtype for parameter in self.blocks[index][1].parameters()), None)
         return dtype, torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
 
     def _own(self, key: Any, call: Callable[..., Any], given: Given, known: Returned | None, expected: Looks) -> Any:
-        link, index, first = self.link, key[0], known is None or expected is None
+        exchange, index, first = self.exchange, key[0], known is None or expected is None
         plain, args, kwargs = given.with_data()
         before = [mark(plain[q]) for q in given.tensors]
         cached = self.caches.snapshot(plain) if first else None
@@ -175,9 +175,9 @@ class DecoderStages:
                 out = out, given.written(args, kwargs, held)
         except Exception as error:
             if first:
-                link.comm.group.broadcast_object(sendable(error), link.rank)
+                exchange.comm.group.broadcast_object(sendable(error), exchange.rank)
                 raise
-            raise RankError(link.rank, f"{self.blocks[index][0]}: {type(error).__name__}: {error}") from error
+            raise RankError(exchange.rank, f"{self.blocks[index][0]}: {type(error).__name__}: {error}") from error
         finally:
             self._inside = False
         self.ran[index] += 1
@@ -188,11 +188,11 @@ class DecoderStages:
         if first:
             self._teach(key, known, out, plain, given, writes, cached)
         elif not fitting and not fits(out, writes, known, expected):
-            raise RankError(link.rank, f"{self.blocks[index][0]} returns something else than in earlier calls")
+            raise RankError(exchange.rank, f"{self.blocks[index][0]} returns something else than in earlier calls")
         for q in writes:
-            link.comm.broadcast(plain[q], link.rank)
+            exchange.comm.broadcast(plain[q], exchange.rank)
         if type(out) is torch.Tensor and known is not None and known.lone:
-            return stage_tensor(look_of(out), out, Memory(self._each[link.rank]), link)
+            return stage_tensor(look_of(out), out, Memory(self._each[exchange.rank]), exchange)
         return self._wrapped(out, plain, given.leaves)
 
     def _wrapped(self, out: Any, plain: list[Any], arguments: list[Any]) -> Any:
@@ -204,14 +204,16 @@ class DecoderStages:
             if id(leaf) in places:
                 leaves[number] = arguments[places[id(leaf)]]
             elif isinstance(leaf, torch.Tensor):
-                leaves[number] = stage_tensor(look_of(leaf), leaf, Memory(self._each[self.link.rank]), self.link)
+                leaves[number] = stage_tensor(
+                    look_of(leaf), leaf, Memory(self._each[self.exchange.rank]), self.exchange
+                )
         return tree_unflatten(leaves, spec)
 
     def _absent(self, known: Returned, expected: Looks, arguments: list[Any], owner: int) -> Any:
         """Return the result of a block of another rank."""
         assert expected is not None
         leaves: list[Any] = [
-            stage_tensor(look, None, Memory(self._each[owner]), self.link)
+            stage_tensor(look, None, Memory(self._each[owner]), self.exchange)
             if look is not None
             else (arguments[leaf.arg] if leaf.arg >= 0 else leaf.value)
             for leaf, look in zip(known.leaves, expected, strict=True)
@@ -236,13 +238,13 @@ class DecoderStages:
             found: Any = describe(name, out, plain, writes)
             slots = self.caches.changes(name, cached)
         except UnsupportedError as error:
-            self.link.comm.group.broadcast_object(error, self.link.rank)
+            self.exchange.comm.group.broadcast_object(error, self.exchange.rank)
             raise
-        self.link.comm.group.broadcast_object((found, slots), self.link.rank)
+        self.exchange.comm.group.broadcast_object((found, slots), self.exchange.rank)
         self._remember(key, known, found, slots)
 
     def _learn_from_owner(self, key: Any, known: Returned | None, owner: int) -> tuple[Returned, Looks]:
-        told = self.link.comm.group.broadcast_object(None, owner)
+        told = self.exchange.comm.group.broadcast_object(None, owner)
         if isinstance(told, Exception):
             raise told
         found, slots = told

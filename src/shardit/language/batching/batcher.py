@@ -159,7 +159,7 @@ class Batcher:
         if here is not None:
             tokens = next_tokens(sequences, here[:, -1], self.ends, self.masks).to(here.device)
         if staged:
-            tokens = logits.link.share(tokens, logits.holders)
+            tokens = logits.exchange.share(tokens, logits.holders)
         if self._neighbours is not None:
             tokens = self._neighbours.of_first(tokens)
         made = tokens.tolist()
@@ -187,7 +187,7 @@ class Batcher:
         if here is not None:
             found = log_probabilities(here[wanted, -1], tokens[wanted].cpu(), count).to(here.device)
         if staged:
-            found = logits.link.share(found, logits.holders)
+            found = logits.exchange.share(found, logits.holders)
         for number, (ids, values) in zip(wanted, found.tolist(), strict=True):
             most = (sequences[number].row.params.logprobs or 0) + 1
             pairs = list(zip(map(int, ids), values, strict=True))[:most]

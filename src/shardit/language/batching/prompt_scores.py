@@ -48,7 +48,7 @@ def add_scores(sequences: list[Sequence], start: int, stop: int, width: int, log
     if here is not None:
         found = torch.cat([_scores(one, here, count) for one in spans]).to(here.device)
     if staged:
-        found = logits.link.share(found, logits.holders)
+        found = logits.exchange.share(found, logits.holders)
     values = iter(found.tolist())
     for one in spans:
         most = (one.sequence.row.params.prompt_logprobs or 0) + 1

@@ -11,7 +11,7 @@ from shardit.core.comm.wire import ALIGN, first_byte, span, storage_bytes, view_
 from shardit.core.runtime.pending import Source
 
 
-class Link:
+class TensorExchange:
     """Sends and receives tensors of which all ranks know the shape.
 
     others_turn: called after each message, on every rank whether it takes part or not: programs that run at the same

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from shardit import LLM
-from shardit.engine.nodes.handshake import GREETING, NONCE, Join, Reach, connect
+from shardit.engine.nodes.handshake import GREETING, NONCE, Endpoint, JoinOrder, connect
 from shardit.engine.nodes.node_facts import facts
 from shardit.engine.nodes.rank_port import Arrival, RankPort, check_alike, join_all, listen_for_ranks
 from shardit.engine.nodes.ray_placement import RayPlacement
@@ -32,10 +32,10 @@ PLACES = [(rank, "rank") for rank in range(2)]
 
 
 @contextlib.contextmanager
-def port() -> Iterator[tuple[RankPort, Reach]]:
+def port() -> Iterator[tuple[RankPort, Endpoint]]:
     made = RankPort(listen_for_ranks("127.0.0.1"), PLACES)
     try:
-        yield made, made.reach("127.0.0.1")
+        yield made, made.endpoint("127.0.0.1")
     finally:
         made.close()
 
@@ -48,13 +48,13 @@ def hello(rank: int, **more: Any) -> dict[str, Any]:
 
 
 def test_ranks_arrive_and_are_channels():
-    with port() as (ranks, reach):
-        ours = [connect(reach, hello(rank), 10)[0] for rank in (1, 0)]
+    with port() as (ranks, endpoint):
+        ours = [connect(endpoint, hello(rank), 10)[0] for rank in (1, 0)]
         arrived = ranks.collect(10)
         channels = join_all([arrived[place] for place in PLACES], SessionSpec("m", None))  # type: ignore[arg-type]
         for rank, channel in enumerate(reversed(ours)):
             channel.socket.settimeout(10)
-            assert channel.recv() == Join(SessionSpec("m", None), "", 1)  # type: ignore[arg-type]
+            assert channel.recv() == JoinOrder(SessionSpec("m", None), "", 1)  # type: ignore[arg-type]
             channel.send({"from": rank})
             assert channels[rank].recv() == {"from": rank}
             assert channel.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
@@ -63,11 +63,11 @@ def test_ranks_arrive_and_are_channels():
 
 @pytest.mark.parametrize("token", ["00" * 32, secrets.token_hex(32)], ids=["zeros", "random"])
 def test_a_wrong_token_is_refused(token):
-    with port() as (ranks, reach):
+    with port() as (ranks, endpoint):
         with pytest.raises(RankError, match="cannot reach the supervisor within"):
-            connect(Reach(reach.hosts, reach.port, token), hello(0), 0.5)
+            connect(Endpoint(endpoint.hosts, endpoint.port, token), hello(0), 0.5)
         assert ranks.refused
-        connect(reach, hello(0), 10)  # the right one is not disturbed
+        connect(endpoint, hello(0), 10)  # the right one is not disturbed
 
 
 def test_a_supervisor_that_does_not_know_the_token_is_refused():
@@ -85,7 +85,7 @@ def test_a_supervisor_that_does_not_know_the_token_is_refused():
         thread = threading.Thread(target=impostor, args=(server,))
         thread.start()
         with pytest.raises(RankError, match="does not know the token"):
-            connect(Reach(("127.0.0.1",), server.getsockname()[1], secrets.token_hex(32)), hello(0), 0.1)
+            connect(Endpoint(("127.0.0.1",), server.getsockname()[1], secrets.token_hex(32)), hello(0), 0.1)
         thread.join(10)
     assert said == [b""]
 
@@ -97,23 +97,23 @@ class Bomb:
 
 @pytest.mark.parametrize("data", [pickle.dumps(Bomb()), b"", b"GET / HTTP/1.1\r\n\r\n", os.urandom(70_000)])
 def test_unverified_connections_are_refused(data):
-    with port() as (ranks, reach):
-        with socket.create_connection(("127.0.0.1", reach.port), timeout=10) as sock:
+    with port() as (ranks, endpoint):
+        with socket.create_connection(("127.0.0.1", endpoint.port), timeout=10) as sock:
             with contextlib.suppress(OSError):
                 sock.sendall(data)
                 sock.shutdown(socket.SHUT_WR)
                 while sock.recv(1000):
                     pass
-        kept = [connect(reach, hello(rank), 10)[0] for rank in (0, 1)]  # dropped, they would be closed
+        kept = [connect(endpoint, hello(rank), 10)[0] for rank in (0, 1)]  # dropped, they would be closed
         assert len(ranks.collect(10)) == len(kept)
 
 
 def test_a_place_is_given_once():
-    with port() as (ranks, reach):
-        kept, _ = connect(reach, hello(0), 10)
+    with port() as (ranks, endpoint):
+        kept, _ = connect(endpoint, hello(0), 10)
         for other in (hello(0), hello(5), hello(1, role="stranger")):
             with pytest.raises(RankError, match="cannot reach the supervisor"):
-                connect(reach, other, 0.1)
+                connect(endpoint, other, 0.1)
         with pytest.raises(RankError, match=r"these ranks have not arrived: 1$"):
             ranks.collect(0.3)
         kept.socket.settimeout(10)

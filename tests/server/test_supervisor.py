@@ -122,14 +122,14 @@ def test_cancel_one_of_several(server: RealServer) -> None:
 
 
 def test_a_second_server_on_the_same_folder_or_port(server: RealServer, tmp_path: Path) -> None:
-    (line,) = refusal(server.model, "--data-dir", str(server.folder), "--port", "0")
+    (line,) = rejection(server.model, "--data-dir", str(server.folder), "--port", "0")
     assert "is used by another server; choose another with --data-dir" in line
-    (line,) = refusal(server.model, "--data-dir", str(tmp_path), "--port", str(server.port))
+    (line,) = rejection(server.model, "--data-dir", str(tmp_path), "--port", str(server.port))
     assert "cannot listen on" in line
     assert "--port" in line
 
 
-def refusal(*arguments: str) -> list[str]:
+def rejection(*arguments: str) -> list[str]:
     """Return the command's output without its log; it exits with code 2."""
     done = subprocess.run(
         [sys.executable, "-m", "shardit", "serve", *arguments], capture_output=True, text=True, timeout=120
@@ -193,7 +193,7 @@ def assert_one_end(server: RealServer) -> None:
 )
 @pytest.mark.full
 def test_mistakes_are_one_line(tmp_path: Path, arguments: list[str], words: str) -> None:
-    (line,) = refusal(*arguments, "--data-dir", str(tmp_path), *(["--port", "0"] if len(arguments) < 3 else []))
+    (line,) = rejection(*arguments, "--data-dir", str(tmp_path), *(["--port", "0"] if len(arguments) < 3 else []))
     assert words in line
 
 
@@ -202,17 +202,17 @@ def test_jobs_that_wait_for_another_model(tmp_path: Path) -> None:
     store.accept(NewJob("image", {"prompt": "a cat"}, 1, 1.0), queue_size=1)
     store.remember("model", "tiny/qwen-image")
     store.close()
-    (line,) = refusal("tiny/flux", "--data-dir", str(tmp_path), "--port", "0")
+    (line,) = rejection("tiny/flux", "--data-dir", str(tmp_path), "--port", "0")
     assert "holds 1 unfinished job of tiny/qwen-image; serve that, or choose another folder with --data-dir" in line
-    (line,) = refusal("tiny/qwen-image", "--data-dir", str(tmp_path), "--port", "0", "--vae-tiling")
+    (line,) = rejection("tiny/qwen-image", "--data-dir", str(tmp_path), "--port", "0", "--vae-tiling")
     assert "job of tiny/qwen-image as served with no options of the model, now it is vae_tiling=True; serve it" in line
     store = Store(tmp_path)
     store.remember("model", "tiny/qwen-image with vae_tiling=True")
     store.close()
-    (line,) = refusal("tiny/qwen-image", "--data-dir", str(tmp_path), "--port", "0")
+    (line,) = rejection("tiny/qwen-image", "--data-dir", str(tmp_path), "--port", "0")
     assert "of tiny/qwen-image as served with vae_tiling=True, now it is none; serve it as before" in line
     flags = ("--port", "0", "--vae-tiling", "--dtype", "bfloat16")
-    (line,) = refusal("tiny/qwen-image", "--data-dir", str(tmp_path), *flags)
+    (line,) = rejection("tiny/qwen-image", "--data-dir", str(tmp_path), *flags)
     assert "as served with vae_tiling=True, now it is vae_tiling=True, dtype bfloat16; serve it as before" in line
 
 
@@ -244,7 +244,7 @@ def test_a_port_that_is_taken_by_others(tmp_path: Path) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        (line,) = refusal("tiny/flux", "--data-dir", str(tmp_path), "--port", str(other.getsockname()[1]))
+        (line,) = rejection("tiny/flux", "--data-dir", str(tmp_path), "--port", str(other.getsockname()[1]))
     assert "cannot listen on" in line
 
 

@@ -51,7 +51,7 @@ class Session:
             try:
                 output = self.generate([begin.load()], report)
             except InputError as error:
-                channel.send(RequestFinished(begin.key, None, error=str(error), refused=True))
+                channel.send(RequestFinished(begin.key, None, error=str(error), rejected=True))
             else:
                 channel.send(
                     RequestFinished(begin.key, "start", output=next(iter(output.values()), None), peak_bytes=1)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from shardit.engine.process.memory import peak_bytes, reset_peak
-from shardit.engine.process.messages import Refused, SessionSpec
+from shardit.engine.process.messages import InputRejected, SessionSpec
 from shardit.engine.rank.worker import open_session
 from shardit.engine.tasks.task import OnProgress
 from shardit.errors import InputError, RankError
@@ -90,6 +90,6 @@ def made_or_error(build: Callable[[], list[Any]]) -> list[Any] | InputError | Ra
     try:
         return build()
     except InputError as error:
-        return Refused.from_error(error).error()
+        return InputRejected.from_error(error).error()
     except Exception as error:
         return RankError(0, f"{type(error).__name__}: {error}")

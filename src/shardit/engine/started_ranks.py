@@ -20,8 +20,8 @@ from shardit.engine.process.messages import (
     BatchStep,
     Begin,
     Cancel,
+    InputRejected,
     Progress,
-    Refused,
     RequestFailed,
     RequestFinished,
     SessionSpec,
@@ -88,9 +88,9 @@ class StartedRanks:
                 self.start()
             with self._ending_ranks_on_error():
                 finished = self._run(begins, on_progress)
-        refusals = [one.first.error for one in finished if one.first.refused]
-        if refusals:
-            raise InputError(refusals[0])
+        rejections = [one.first.error for one in finished if one.first.rejected]
+        if rejections:
+            raise InputError(rejections[0])
         peaks = [
             max((one.finished[rank].peak_bytes for one in finished if rank in one.finished), default=held)
             for rank, held in enumerate(self._held)
@@ -160,17 +160,17 @@ class StartedRanks:
             self._on_step(message)
         elif isinstance(message, (RequestFailed, RequestFinished)):
             one.take(rank, message)
-            if isinstance(message, RequestFinished) and message.refused:
-                self._loop.later(self._group.timeouts.own_s, self._refused_alone, message)
+            if isinstance(message, RequestFinished) and message.rejected:
+                self._loop.later(self._group.timeouts.own_s, self._rejected_alone, message)
             if (outcomes := one.difference()) is not None:
                 self._group.fail(f"ranks disagree on the outcome of a request: {outcomes}")
             elif one.complete:
                 del self._in_flight[message.key]
 
-    def _refused_alone(self, message: RequestFinished) -> None:
+    def _rejected_alone(self, message: RequestFinished) -> None:
         """Fail the ranks: the others that run this request would wait forever for the rank that refused it."""
         if message.key in self._in_flight:
-            self._failure = Failure.of_refusal(Refused(message.error or ""))
+            self._failure = Failure.of_rejection(InputRejected(message.error or ""))
 
     def _look(self) -> None:
         since, timeout_s = self._group.loading_since, self.spec.timeout_s

@@ -34,7 +34,7 @@ _KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER
 
 
 @dataclass(frozen=True)
-class Reach:
+class Endpoint:
     """Addresses of the supervisor for ranks: any one of `hosts`, and the shared secret (hex)."""
 
     hosts: tuple[str, ...]
@@ -43,7 +43,7 @@ class Reach:
 
 
 @dataclass(frozen=True)
-class Join:
+class JoinOrder:
     """Sent by the supervisor to a rank when all have arrived: load your share of `spec`.
 
     rendezvous_host: host of the ranks' rendezvous; "" for the address at which the rank has reached the supervisor.
@@ -58,7 +58,7 @@ class Unproven(ConnectionError):
     """The other side does not know the token, or uses another protocol."""
 
 
-def connect(reach: Reach, hello: Mapping[str, Any], timeout_s: float) -> tuple[Channel, str]:
+def connect(endpoint: Endpoint, hello: Mapping[str, Any], timeout_s: float) -> tuple[Channel, str]:
     """Connect to the supervisor and send `hello`; returns the channel and the host that answered.
 
     Tries all hosts repeatedly. Raises RankError with the last reason after `timeout_s`.
@@ -66,20 +66,20 @@ def connect(reach: Reach, hello: Mapping[str, Any], timeout_s: float) -> tuple[C
     deadline = time.monotonic() + timeout_s
     reason = "no address"
     while True:
-        for host in reach.hosts:
+        for host in endpoint.hosts:
             left = max(0.1, min(PROOF_S, deadline - time.monotonic()))
             try:
-                sock = socket.create_connection((host, reach.port), timeout=left)
+                sock = socket.create_connection((host, endpoint.port), timeout=left)
             except OSError as error:
-                reason = f"{host}:{reach.port}: {error}"
+                reason = f"{host}:{endpoint.port}: {error}"
                 continue
             try:
                 tune(sock)
-                _prove_to_supervisor(sock, reach.token, hello, time.monotonic() + left)
+                _prove_to_supervisor(sock, endpoint.token, hello, time.monotonic() + left)
                 return Channel(sock), host
             except OSError as error:
                 sock.close()
-                reason = f"{host}:{reach.port}: {error}"
+                reason = f"{host}:{endpoint.port}: {error}"
         if time.monotonic() + RETRY_S >= deadline:
             raise RankError(int(hello["rank"]), f"cannot reach the supervisor within {timeout_s:g} s ({reason})")
         time.sleep(RETRY_S)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shardit.engine.nodes.handshake import Join, Reach, admit, welcome
+from shardit.engine.nodes.handshake import Endpoint, JoinOrder, admit, welcome
 from shardit.engine.process.channel import Channel, Closed
 from shardit.engine.process.messages import SessionSpec
 from shardit.errors import InputError, RankError
@@ -51,9 +51,9 @@ class RankPort:
         self.refused = 0
         threading.Thread(target=self._accept, daemon=True).start()
 
-    def reach(self, *hosts: str) -> Reach:
+    def endpoint(self, *hosts: str) -> Endpoint:
         """Return the addresses for ranks, if this machine is known as `hosts`."""
-        return Reach(tuple(dict.fromkeys(hosts)), self._listener.getsockname()[1], self.token)
+        return Endpoint(tuple(dict.fromkeys(hosts)), self._listener.getsockname()[1], self.token)
 
     def collect(self, timeout_s: float, look: Callable[[], None] = lambda: None) -> dict[Place, Arrival]:
         """Wait until all places are taken, then stop accepting. `look` is called now and then; an exception from it
@@ -125,10 +125,10 @@ def join_all(ranks: Sequence[Arrival], spec: SessionSpec) -> list[Channel]:
     """Start loading on ranks whose nodes match; returns their channels. Raises InputError, RankError."""
     check_alike(ranks, spec.model)
     first = ranks[0].facts
-    join = Join(spec, first["address"], first["port"])
+    order = JoinOrder(spec, first["address"], first["port"])
     for arrival in ranks:
         try:
-            arrival.channel.send(join)
+            arrival.channel.send(order)
         except (Closed, OSError):
             raise RankError(arrival.facts["rank"], f"{arrival.name} has left before the start") from None
     return [arrival.channel for arrival in ranks]

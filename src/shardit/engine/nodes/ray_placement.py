@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from shardit.engine.nodes.handshake import Reach
+from shardit.engine.nodes.handshake import Endpoint
 from shardit.engine.nodes.node_facts import settings
 from shardit.engine.nodes.rank_port import RankPort, join_all, listen_for_ranks
 from shardit.engine.nodes.ray_connection import RayConnection, one_line
@@ -124,14 +124,14 @@ class RayPlacement:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         assert self._port is not None
-        reach: Reach = self._port.reach(ray.util.get_node_ip_address())
+        endpoint: Endpoint = self._port.endpoint(ray.util.get_node_ip_address())
         actor_class = ray.remote(RayRank)
         for rank in range(size):
             place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank // per_node)
             options = {"num_cpus": 1, "num_gpus": int(gpus), "max_restarts": 0, "scheduling_strategy": place}
             self._actors.append(actor_class.options(**options).remote())
         self._runs = [
-            actor.run.remote(rank, size, per_node, model, reach, gpus, settings())
+            actor.run.remote(rank, size, per_node, model, endpoint, gpus, settings())
             for rank, actor in enumerate(self._actors)
         ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from shardit.engine.nodes.handshake import Reach
+from shardit.engine.nodes.handshake import Endpoint
 
 ARRIVE_S = 60.0
 
@@ -19,7 +19,7 @@ class RayRank:
         world_size: int,
         per_node: int,
         model: str,
-        reach: Reach,
+        endpoint: Endpoint,
         has_gpu: bool,
         environment: Mapping[str, str],
     ) -> int:
@@ -35,5 +35,5 @@ class RayRank:
         from shardit.engine.process.process import threads_per_rank
 
         here = RemoteRank(rank, model, address=get_node_ip_address())
-        here.arrive(reach, ARRIVE_S)
+        here.arrive(endpoint, ARRIVE_S)
         return here.work(world_size, threads_per_rank(per_node))

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Mapping
 from typing import Any
 
-from shardit.engine.nodes.handshake import Join, Reach, connect
+from shardit.engine.nodes.handshake import Endpoint, JoinOrder, connect
 from shardit.engine.nodes.node_facts import facts
 from shardit.engine.process.channel import Channel, Closed
 from shardit.engine.rank.worker import main
@@ -33,23 +33,23 @@ class RemoteRank:
             self._rendezvous.bind(("", 0))
             self._hello["port"] = self._rendezvous.getsockname()[1]
 
-    def arrive(self, reach: Reach, timeout_s: float) -> None:
+    def arrive(self, endpoint: Endpoint, timeout_s: float) -> None:
         """Connect to the supervisor. Raises RankError after `timeout_s`."""
-        self._channel, self._host = connect(reach, self._hello, timeout_s)
+        self._channel, self._host = connect(endpoint, self._hello, timeout_s)
 
     def work(self, world_size: int, threads: int) -> int:
         """Join the others and run until the supervisor closes the channel; returns the exit code."""
         channel: Any = self._channel
         channel.socket.settimeout(JOIN_WAIT_S)
         try:
-            join: Join = channel.recv()
+            order: JoinOrder = channel.recv()
         except Closed:
             return 0
         channel.socket.settimeout(None)
         if self._rendezvous is not None:
             self._rendezvous.close()
         os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # or rank 0 would expect torchrun to serve this store
-        host = join.rendezvous_host or self._host
-        rendezvous = f"tcp://{f'[{host}]' if ':' in host else host}:{join.rendezvous_port}"
+        host = order.rendezvous_host or self._host
+        rendezvous = f"tcp://{f'[{host}]' if ':' in host else host}:{order.rendezvous_port}"
         where = f"rank {self.rank} on {self._hello['host']}: "
-        return main(join.spec, self.rank, world_size, rendezvous, threads, channel, where)
+        return main(order.spec, self.rank, world_size, rendezvous, threads, channel, where)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 
-from shardit.engine.process.messages import Refused
+from shardit.engine.process.messages import InputRejected
 from shardit.engine.process.process import describe_exit
 from shardit.errors import InputError, RankError
 
@@ -19,8 +19,8 @@ class Cause(IntEnum):
     """Found by the process that monitors the ranks, or out of memory: it explains the others."""
     OWN = 1
     """An error, a signal or an exit of the rank itself."""
-    REFUSED = 2
-    """The rank refused the user's request."""
+    REJECTED = 2
+    """The rank rejected the user's request."""
     CLOSED = 3
     """The connection has closed, and the state of the process is unknown."""
     ABORTED = 4
@@ -31,13 +31,13 @@ class Cause(IntEnum):
 
 @dataclass(frozen=True)
 class Failure:
-    """The reason why the ranks are not up. rank: -1 if it is none in particular. refusal: the model or the options are
-    at fault, and another start would fail too. memory: out of memory."""
+    """The reason why the ranks are not up. rank: -1 if it is none in particular. rejection: the model or the options
+    are at fault, and another start would fail too. memory: out of memory."""
 
     reason: str
     cause: Cause = Cause.CERTAIN
     rank: int = -1
-    refusal: Refused | None = None
+    rejection: InputRejected | None = None
     memory: bool = False
 
     @classmethod
@@ -47,13 +47,13 @@ class Failure:
         return cls(describe_exit(code), cause, rank)
 
     @classmethod
-    def of_refusal(cls, refusal: Refused, rank: int = -1) -> Failure:
+    def of_rejection(cls, rejection: InputRejected, rank: int = -1) -> Failure:
         """Build the failure of a user's mistake that was found by a rank, or by the check before the start."""
-        return cls(refusal.text, Cause.REFUSED, rank, refusal)
+        return cls(rejection.text, Cause.REJECTED, rank, rejection)
 
     def error(self) -> InputError | RankError:
         """Return the exception for the user."""
-        return RankError(self.rank, self.reason) if self.refusal is None else self.refusal.error()
+        return RankError(self.rank, self.reason) if self.rejection is None else self.rejection.error()
 
     @property
     def text(self) -> str:
@@ -80,6 +80,6 @@ class Timeouts:
         """Return the seconds for one kind of failure."""
         if cause is Cause.CERTAIN:
             return 0.0
-        if cause in (Cause.OWN, Cause.REFUSED):
+        if cause in (Cause.OWN, Cause.REJECTED):
             return self.own_s
         return self.closed_s if cause is Cause.CLOSED else self.peer_s

@@ -21,9 +21,9 @@ from shardit.engine.process.messages import (
     Dump,
     Exited,
     Failed,
+    InputRejected,
     Kill,
     RanksStopped,
-    Refused,
     SessionSpec,
     Stacks,
     Start,
@@ -80,9 +80,9 @@ class ForkServer:
     def check(self, spec: SessionSpec) -> None:
         """Import the packages that ranks need; raise InputError for mistakes that can be found without ranks."""
         # The imports may take longer than a short timeout, which is meant for ranks that hang.
-        answer = self._ask(Check(spec), max(self.timeout_s, IMPORT_WAIT_S), Checked, Refused, Failed)
+        answer = self._ask(Check(spec), max(self.timeout_s, IMPORT_WAIT_S), Checked, InputRejected, Failed)
         self._checked = True
-        if isinstance(answer, Refused):
+        if isinstance(answer, InputRejected):
             raise answer.error()
         if isinstance(answer, Failed):
             raise RankError(-1, f"the check before the start failed: {answer.reason}")

@@ -70,7 +70,7 @@ class SessionSpec:
 @dataclass(frozen=True)
 class Check:
     """Import the packages that ranks need and find mistakes that can be found without ranks; answered by Checked or
-    Refused."""
+    InputRejected."""
 
     spec: SessionSpec
 
@@ -217,7 +217,7 @@ class RequestFinished:
     """A request has ended on this rank: with `output` (first rank of a replica; None on the others), or by `error`.
 
     start: a checksum of the arguments of its first transformer call, which must be the same on all ranks of the
-    replica. refused: the rank could not load the request, by a mistake of the user. busy_s: seconds since the rank's
+    replica. rejected: the rank could not load the request, by a mistake of the user. busy_s: seconds since the rank's
     start with requests in flight. waited_s: the part of these spent waiting for messages.
     """
 
@@ -225,7 +225,7 @@ class RequestFinished:
     start: str | None
     cancelled: bool = False
     error: str | None = None
-    refused: bool = False
+    rejected: bool = False
     output: Any = None
     peak_bytes: int = 0
     busy_s: float = 0.0
@@ -241,14 +241,14 @@ class OutOfMemory:
 
 
 @dataclass(frozen=True)
-class Refused:
-    """The user's mistake, found by the fork server or a rank."""
+class InputRejected:
+    """A mistake of the user, found by the fork server or a rank."""
 
     text: str
     unsupported: bool = False
 
     @classmethod
-    def from_error(cls, error: InputError) -> Refused:
+    def from_error(cls, error: InputError) -> InputRejected:
         """Build the message to send in place of the exception: the receiver may not know a subclass defined
         elsewhere."""
         return cls(str(error), isinstance(error, UnsupportedError))

@@ -13,7 +13,7 @@ from shardit.diffusion.request.model_info import ModelInfo
 from shardit.engine.process.channel import Channel, Pipe
 from shardit.engine.process.failure import Cause, Failure, Timeouts, root_of
 from shardit.engine.process.loop import Loop
-from shardit.engine.process.messages import Failed, OutOfMemory, Ready, Refused, SessionSpec
+from shardit.engine.process.messages import Failed, InputRejected, OutOfMemory, Ready, SessionSpec
 from shardit.engine.process.placement import Placement
 from shardit.engine.process.stacks import described, suspect
 from shardit.errors import InputError, RankError
@@ -145,7 +145,7 @@ class RankGroup:
             self.placement.kill()
             channels = self.placement.start(self.spec, report)
         except InputError as error:
-            self._loop.call(self._note, generation, Failure.of_refusal(Refused.from_error(error)))
+            self._loop.call(self._note, generation, Failure.of_rejection(InputRejected.from_error(error)))
         except Exception as error:  # no other code would report it
             rank, reason = -1, f"{type(error).__name__}: {error}"
             if isinstance(error, RankError):
@@ -178,8 +178,8 @@ class RankGroup:
             self.loading_since = time.monotonic() if self.loading else None
             if not self.loading:
                 self._on_up([self._infos[number] for number in range(self.size)])
-        elif isinstance(message, Refused):
-            self._note(generation, Failure.of_refusal(message, rank))
+        elif isinstance(message, InputRejected):
+            self._note(generation, Failure.of_rejection(message, rank))
         elif isinstance(message, Failed):
             self._note(generation, Failure(message.reason, Cause.PEER if message.of_peer else Cause.OWN, rank))
         else:

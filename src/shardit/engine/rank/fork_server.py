@@ -30,9 +30,9 @@ from shardit.engine.process.messages import (
     Dump,
     Exited,
     Failed,
+    InputRejected,
     Kill,
     RanksStopped,
-    Refused,
     SessionSpec,
     Stacks,
     Start,
@@ -216,7 +216,7 @@ class ForkServer:
             time.sleep(0.005)
 
 
-def check(spec: SessionSpec) -> Checked | Refused | Failed:
+def check(spec: SessionSpec) -> Checked | InputRejected | Failed:
     """Import the packages that ranks need, and run the session module's own `check` if it has one."""
     try:
         module = importlib.import_module(spec.session.partition(":")[0])
@@ -225,10 +225,10 @@ def check(spec: SessionSpec) -> Checked | Refused | Failed:
         if hasattr(module, "check"):
             module.check(spec)
     except InputError as error:
-        return Refused.from_error(error)
+        return InputRejected.from_error(error)
     except Exception as error:
         if (missing := import_failure(error)) is not None:
-            return Refused.from_error(missing_package(missing))
+            return InputRejected.from_error(missing_package(missing))
         return Failed(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
     return Checked()
 

@@ -36,9 +36,9 @@ class Outcomes:
         if self.session.leads:
             self.channel.send(Progress(key, step, total, made))
 
-    def refused(self, key: int, text: str) -> None:
+    def rejected(self, key: int, text: str) -> None:
         """Report a request that this rank cannot read."""
-        self.channel.send(RequestFinished(key=key, start=None, error=text, refused=True))
+        self.channel.send(RequestFinished(key=key, start=None, error=text, rejected=True))
 
     def left(self, key: int) -> None:
         """Report a request that was cancelled before it began."""

@@ -109,6 +109,6 @@ class ServingWorker:
         try:
             request = command.load()
         except InputError as error:
-            self.outcomes.refused(command.key, str(error))
+            self.outcomes.rejected(command.key, str(error))
             return
         self.requests.add(Taken(command.key, request, command.request_id))

@@ -9,7 +9,7 @@ import traceback
 from typing import Any
 
 from shardit.engine.process.channel import Channel, Closed
-from shardit.engine.process.messages import Failed, Ready, Refused, SessionSpec
+from shardit.engine.process.messages import Failed, InputRejected, Ready, SessionSpec
 from shardit.engine.process.process import set_threads
 from shardit.errors import InputError, RankError
 from shardit.loading.missing import missing_package
@@ -38,7 +38,7 @@ def main(
     spec: SessionSpec, rank: int, world_size: int, rendezvous: str, threads: int, channel: Channel, where: str = ""
 ) -> int:
     """Run one rank until the user's process closes its channel; returns the exit code. `where` is put before the text
-    of a refusal, which may apply to one machine only."""
+    of a rejection, which may apply to one machine only."""
     try:
         set_threads(threads)
         if spec.of_server:
@@ -50,8 +50,8 @@ def main(
         channel.send(Ready(session.info))
         session.serve(channel)
     except InputError as error:
-        refused = Refused.from_error(error)
-        channel.send(dataclasses.replace(refused, text=where + refused.text))
+        rejected = InputRejected.from_error(error)
+        channel.send(dataclasses.replace(rejected, text=where + rejected.text))
         return 0
     except Closed:
         return 0

@@ -27,7 +27,7 @@ from shardit.parallel.attention.sequence_attention import SequenceAttention
 from shardit.parallel.sequence.declared.model import PlannedSequence, read_planned
 from shardit.parallel.sequence.declared.rules import DECLARED, OF_DIFFUSERS
 from shardit.parallel.sequence.found.model import SequenceParallel
-from shardit.parallel.sequence.found.search import REMEDY, Refused
+from shardit.parallel.sequence.found.search import REMEDY, NoShardingFound
 
 log = logging.getLogger(__name__)
 
@@ -43,14 +43,14 @@ class Choice:
         """Run a call of the transformer."""
         try:
             return self.way.forward(call, args, kwargs)
-        except Refused as refused:
+        except NoShardingFound as not_found:
             # A forward inside pipeline stages cannot begin again.
             if self.other is None or self.way.stages is not None:
                 raise
-            return self._instead(refused, call, args, kwargs)
+            return self._instead(not_found, call, args, kwargs)
 
     def _instead(
-        self, refused: Refused, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, not_found: NoShardingFound, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run the call under the plan of diffusers; if that does not work either, deal the operations of blocks."""
         found, other = self.way, self.other
@@ -66,8 +66,8 @@ class Choice:
             try:
                 return found.forward(call, args, kwargs)
             except InputError as also:  # the first refusal is more informative
-                raise refused from also
-        log.warning("%s is sharded as its %s says, since %s", type(found.model).__name__, OF_DIFFUSERS, refused)
+                raise not_found from also
+        log.warning("%s is sharded as its %s says, since %s", type(found.model).__name__, OF_DIFFUSERS, not_found)
         return out
 
 

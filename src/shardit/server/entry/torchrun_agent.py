@@ -21,7 +21,7 @@ import time
 from multiprocessing.connection import wait
 from typing import Any
 
-from shardit.engine.nodes.handshake import Reach, connect
+from shardit.engine.nodes.handshake import Endpoint, connect
 from shardit.engine.nodes.node_facts import facts
 from shardit.engine.nodes.rank_port import listen_for_ranks
 from shardit.engine.process.channel import Channel, Closed
@@ -74,8 +74,8 @@ class Agent:
         code = RESTART
         self._handle_signals()
         try:
-            reach = self._start_supervisor() if self.rank_env.rank == 0 else None
-            self._fork_rank(reach)
+            endpoint = self._start_supervisor() if self.rank_env.rank == 0 else None
+            self._fork_rank(endpoint)
             code = self._watch()
         finally:
             code = self._end(code)
@@ -94,10 +94,10 @@ class Agent:
 
     # Starting.
 
-    def _start_supervisor(self) -> Reach:
+    def _start_supervisor(self) -> Endpoint:
         hosts = hosts_of(self.rank_env)
         listener = listen_for_ranks(hosts[0] if hosts == LOOPBACK else "")
-        reach = Reach(hosts, listener.getsockname()[1], secrets.token_hex(32))
+        endpoint = Endpoint(hosts, listener.getsockname()[1], secrets.token_hex(32))
         ours, theirs = socket.socketpair()
         fds = (theirs.fileno(), listener.fileno())
         with theirs, listener:
@@ -109,10 +109,10 @@ class Agent:
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
         self.control = Channel(ours)
-        self.control.send(Supervise(self.options, reach, self.rank_env.world_size, self.rank_env.restarts))
-        return reach
+        self.control.send(Supervise(self.options, endpoint, self.rank_env.world_size, self.rank_env.restarts))
+        return endpoint
 
-    def _fork_rank(self, reach: Reach | None) -> None:
+    def _fork_rank(self, endpoint: Endpoint | None) -> None:
         ours, theirs = socket.socketpair()
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
@@ -123,7 +123,7 @@ class Agent:
             try:
                 ours.close()
                 self._become_rank(Channel(theirs), agent)
-                code = be_rank(self.options, self.rank_env, reach, Channel(theirs))
+                code = be_rank(self.options, self.rank_env, endpoint, Channel(theirs))
             except (InputError, RankError) as error:
                 print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             except BaseException as error:
@@ -185,9 +185,9 @@ class Agent:
     def _read_rank(self) -> None:
         assert self.from_rank is not None
         try:
-            reach = self.from_rank.recv()
+            endpoint = self.from_rank.recv()
             hello = {**facts(self.rank_env.rank), "role": "agent"}
-            self.control_channel, _ = connect(reach, hello, CONTROL_S)
+            self.control_channel, _ = connect(endpoint, hello, CONTROL_S)
         except (Closed, OSError):
             pass  # it has exited; a signal follows
         except RankError:

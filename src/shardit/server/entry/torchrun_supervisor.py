@@ -29,7 +29,7 @@ def main(control_fd: int, listener_fd: int, agent: int) -> int:
     except Closed:
         return 1
     places = [(rank, role) for rank in range(start.world_size) for role in ("rank", "agent")]
-    port = RankPort(socket.socket(fileno=listener_fd), places, start.reach.token)
+    port = RankPort(socket.socket(fileno=listener_fd), places, start.endpoint.token)
     placement = TorchrunPlacement(port, start.world_size)
     threading.Thread(target=_obey, args=(control, placement), daemon=True).start()
     try:

@@ -9,7 +9,7 @@ import threading
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 
-from shardit.engine.nodes.handshake import Reach
+from shardit.engine.nodes.handshake import Endpoint
 from shardit.engine.nodes.rank_port import RankPort, join_all
 from shardit.engine.process.channel import Channel, Closed
 from shardit.engine.process.messages import SessionSpec
@@ -32,7 +32,7 @@ class Supervise:
     """The first message from the agent of rank 0 to the supervisor. restarts: number of torchrun's restarts."""
 
     options: ServeOptions
-    reach: Reach
+    endpoint: Endpoint
     world_size: int
     restarts: int
 

@@ -16,7 +16,7 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from shardit.engine.nodes.handshake import Reach
+from shardit.engine.nodes.handshake import Endpoint
 from shardit.engine.process.channel import Channel
 from shardit.errors import RankError
 from shardit.server.options import ServeOptions
@@ -34,19 +34,20 @@ REACH_S = 60.0
 _kept: list[Any] = []  # without torchrun's own store rank 0 is its server, until the process ends
 
 
-def be_rank(options: ServeOptions, rank_env: RankEnv, reach: Reach | None, agent: Channel) -> int:
-    """In the forked process: find the supervisor, send its address to the agent, and work. reach: known on rank 0."""
+def be_rank(options: ServeOptions, rank_env: RankEnv, endpoint: Endpoint | None, agent: Channel) -> int:
+    """In the forked process: find the supervisor, send its address to the agent, and work. endpoint: known on rank
+    0."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it logs every optional package that is missing
     from shardit.engine.nodes.remote_rank import RemoteRank
     from shardit.engine.process.process import threads_per_rank
 
     rank = RemoteRank(rank_env.rank, options.model, flags_of(options))
-    if reach is not None:
-        publish(reach)
-        rank.arrive(reach, REACH_S)
+    if endpoint is not None:
+        publish(endpoint)
+        rank.arrive(endpoint, REACH_S)
     else:
-        reach = find_supervisor(rank)
-    agent.send(reach)
+        endpoint = find_supervisor(rank)
+    agent.send(endpoint)
     return rank.work(rank_env.world_size, threads_per_rank(rank_env.local_size))
 
 
@@ -57,12 +58,12 @@ def end_with(sock: socket.socket) -> None:
     os._exit(1)
 
 
-def publish(reach: Reach) -> None:
+def publish(endpoint: Endpoint) -> None:
     """On rank 0: write the address of the supervisor into the store."""
-    _store().set(KEY, json.dumps(dataclasses.asdict(reach)))
+    _store().set(KEY, json.dumps(dataclasses.asdict(endpoint)))
 
 
-def find_supervisor(rank: RemoteRank) -> Reach:
+def find_supervisor(rank: RemoteRank) -> Endpoint:
     """On other ranks: connect `rank` to the supervisor whose address is in the store. Raises RankError."""
     store, deadline = _store(), time.monotonic() + STORE_WAIT_S
     while True:
@@ -71,10 +72,10 @@ def find_supervisor(rank: RemoteRank) -> Reach:
         except RuntimeError as error:  # its server is gone, or no rank has written
             text = str(error).splitlines()[0]
             raise RankError(rank.rank, f"rank 0 has not published the address of the supervisor ({text})") from None
-        reach = Reach(tuple(stored["hosts"]), stored["port"], stored["token"])
+        endpoint = Endpoint(tuple(stored["hosts"]), stored["port"], stored["token"])
         try:
-            rank.arrive(reach, TRY_S)
-            return reach
+            rank.arrive(endpoint, TRY_S)
+            return endpoint
         except RankError:
             if time.monotonic() > deadline:
                 raise

@@ -174,9 +174,9 @@ class Supervisor:
     def on_down(self, down: Failure) -> None:
         """Restart all ranks after a failure; after a growing pause if they never come up."""
         self._failed_starts += not self._was_up
-        if not self._was_up and (down.refusal or self._failed_starts == MAX_FIRST_STARTS):
+        if not self._was_up and (down.rejection or self._failed_starts == MAX_FIRST_STARTS):
             text = f"the start of the ranks failed {MAX_FIRST_STARTS} times, the last time: {down.text.splitlines()[0]}"
-            self.error = InputError(down.reason) if down.refusal else RankError(-1, text)
+            self.error = InputError(down.reason) if down.rejection else RankError(-1, text)
             self.loop.stop()
             return
         came_up = self.state.state == "ready"

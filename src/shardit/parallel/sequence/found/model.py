@@ -37,7 +37,7 @@ from shardit.parallel.sequence.dealt.modules import intercept
 from shardit.parallel.sequence.dealt.run import DealtBlock, DealtRows, DealtRun, operations_go_to, rows_by_module
 from shardit.parallel.sequence.dealt.search import SMALL, WORTH, describe, find_dealt, share_of_list
 from shardit.parallel.sequence.found.flow import Flow
-from shardit.parallel.sequence.found.search import REMEDY, BlockPlan, Refused, find_plan
+from shardit.parallel.sequence.found.search import REMEDY, BlockPlan, NoShardingFound, find_plan
 from shardit.parallel.sequence.shards.lazy import Cache, ShardSource
 from shardit.parallel.sequence.shards.token_dims import Shape
 
@@ -269,7 +269,7 @@ class SequenceParallel:
         with generators_kept(self.attention.sp.group.device):
             try:
                 plan = trial(find_plan, self._title(index), self.attention, run, leaves, spec)
-            except Refused as refused:
+            except NoShardingFound as refused:
                 if not refused.deals:
                     raise
                 small = share_of_list(name, self.blocks) < SMALL

@@ -38,7 +38,7 @@ REMEDY = (
 """The remedy for a model whose tokens cannot be sharded by a found plan."""
 
 
-class Refused(UnsupportedError):
+class NoShardingFound(UnsupportedError):
     """No way was found to shard a model. deals: whether operations of its block may be dealt to the ranks instead."""
 
     deals = False
@@ -70,7 +70,7 @@ def find_plan(
     out, left = _call(call, leaves, spec)
     expected, out_spec = tree_flatten(out)
     if any(k is not None and not same(k, leaf) for k, leaf in zip(kept, leaves, strict=True)):
-        raise Refused(f"{name} writes to its arguments: {REMEDY}")
+        raise NoShardingFound(f"{name} writes to its arguments: {REMEDY}")
     found = candidates(shapes, shapes_of(expected))
     if found and max(found[0].totals(shapes)) < attention.sp.size:
         return None
@@ -82,7 +82,7 @@ def find_plan(
             return plan
     why = f"; {failures[0]}" if failures and isinstance(failures[0], UnsupportedError) else ""
     sizes = ", ".join(str(list(shape)) for shape in shapes if shape is not None)
-    refused = Refused(
+    refused = NoShardingFound(
         f"no way was found to shard the tokens of {name} over {attention.sp.size} ranks (its arguments have the "
         f"shapes {sizes}; {len(found)} ways were tried{why}): {REMEDY}"
     )

@@ -1,4 +1,4 @@
-"""Uses that a spread model does not allow: gradients, copies, weights of parts, compiled callers, a second thread."""
+"""Uses that a sharded model does not allow: gradients, copies, weights of parts, compiled callers, a second thread."""
 
 from __future__ import annotations
 

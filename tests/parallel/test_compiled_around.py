@@ -1,4 +1,4 @@
-"""A compiled module that contains blocks of a spread list: it leaves its compiled code at their calls."""
+"""A compiled module that contains blocks of a staged list: it leaves its compiled code at their calls."""
 
 from __future__ import annotations
 

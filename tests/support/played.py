@@ -52,7 +52,7 @@ class FakeFleet:
     def __init__(self, size: int, on_down: Callable[[Failure], None]):
         self.size, self.on_down = size, on_down
         self.failing = False
-        self.timeouts = Timeouts(doubt_s=0.0)
+        self.timeouts = Timeouts(probe_s=0.0)
         self.explain: Any = None
         self.sent: list[tuple[int, Any]] = []
         self.failures: list[str] = []

@@ -63,7 +63,7 @@ class StartedRanks:
         )
         self._together = spec.config.world_size // spec.config.data_parallel_size
         self._in_flight: dict[int, InFlight] = {}
-        self._hangs = HangDetector(self._group, self._in_flight.values, lambda _: self.spec.timeout_s, timeouts.doubt_s)
+        self._hangs = HangDetector(self._group, self._in_flight.values, lambda _: self.spec.timeout_s, timeouts.probe_s)
         self._held: list[int] = []
         self._up = False
         self._failure: Failure | None = None

@@ -126,7 +126,7 @@ class Boundary:
             if SWAPPED not in vars(cls):
                 name = f"{type(self._plain[0][0]).__name__}{'.' if path else ''}{path}"
                 raise UnsupportedError(
-                    f"{name} has got another class ({cls.__name__}) since it was spread over ranks: change it before"
+                    f"{name} has got another class ({cls.__name__}) since it was sharded over ranks: change it before"
                 )
         for module, cls in self._plain:
             module.__class__ = cls

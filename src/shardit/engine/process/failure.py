@@ -69,12 +69,12 @@ def root_of(failures: Iterable[Failure]) -> Failure:
 @dataclass(frozen=True)
 class Timeouts:
     """Seconds to wait after a failure for the arrival of an earlier one: after a rank's own, after a closed connection,
-    and after one that names a peer. doubt_s: between two inspections of ranks when some have failed a request."""
+    and after one that names a peer. probe_s: between two inspections of ranks when some have failed a request."""
 
     own_s: float = 0.5
     closed_s: float = 1.0
     peer_s: float = 4.0
-    doubt_s: float = 0.5
+    probe_s: float = 0.5
 
     def after(self, cause: Cause) -> float:
         """Return the seconds for one kind of failure."""

@@ -64,7 +64,7 @@ class ForkServer:
         self.control = Channel(ours)
         with theirs:
             self.process = subprocess.Popen(
-                command(FORK_SERVER, theirs.fileno(), os.getpid(), quick=True),
+                command(FORK_SERVER, theirs.fileno(), os.getpid(), no_gc=True),
                 stdin=subprocess.DEVNULL,  # a script may be read from standard input
                 pass_fds=[theirs.fileno()],
                 env=fork_server_environment(),

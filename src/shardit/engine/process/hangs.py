@@ -23,7 +23,7 @@ def slowdown() -> float:
 class HangDetector:
     """Monitors the requests in flight, and reports hanging ranks to the rank group.
 
-    bound(replica): the longest silence, in seconds, that is not a hang. doubt_s: seconds between two inspections of
+    bound(replica): the longest silence, in seconds, that is not a hang. probe_s: seconds between two inspections of
     ranks when some have failed a request.
     """
 
@@ -32,9 +32,9 @@ class HangDetector:
         rank_group: RankGroup,
         in_flight: Callable[[], Iterable[InFlight]],
         bound: Callable[[int], float],
-        doubt_s: float,
+        probe_s: float,
     ):
-        self._rank_group, self._in_flight, self._bound, self._doubt_s = rank_group, in_flight, bound, doubt_s
+        self._rank_group, self._in_flight, self._bound, self._probe_s = rank_group, in_flight, bound, probe_s
         self._last_sign: dict[int, float] = {}
         self._looking = False
         self._look_at = 0.0
@@ -86,7 +86,7 @@ class HangDetector:
         return None
 
     def _seen(self, stacks: dict[int, str]) -> None:
-        self._looking, self._look_at = False, time.monotonic() + self._doubt_s
+        self._looking, self._look_at = False, time.monotonic() + self._probe_s
         before, self._stacks = self._stacks, stacks
         for one in self._in_flight():
             alone = _alone(one)

@@ -29,7 +29,7 @@ away, too, but Linux shares processors equally between sessions: thread prioriti
 # shardit itself is imported from the path of this process.
 _BOOT = """
 import gc, sys
-if sys.argv[3] == "quick": gc.disable()
+if sys.argv[3] == "no_gc": gc.disable()
 if not getattr(sys.flags, "safe_path", False): del sys.path[0]
 sys.path.insert(0, sys.argv[1])
 import importlib, shardit
@@ -38,14 +38,14 @@ sys.exit(importlib.import_module(sys.argv[2]).main(*map(int, sys.argv[4:])))
 """
 
 
-def command(module: str, *numbers: int, quick: bool = False) -> list[str]:
+def command(module: str, *numbers: int, no_gc: bool = False) -> list[str]:
     """Return the command line that runs `main(*numbers)` of a module and exits with its return value.
 
-    quick: start with the garbage collector off, which would scan the results of imports repeatedly; `main` enables it
+    no_gc: start with the garbage collector off, which would scan the results of imports repeatedly; `main` enables it
     after the imports.
     """
     root = str(Path(shardit.__file__).resolve().parents[1])
-    return [sys.executable, "-c", _BOOT, root, module, "quick" if quick else "", *map(str, numbers)]
+    return [sys.executable, "-c", _BOOT, root, module, "no_gc" if no_gc else "", *map(str, numbers)]
 
 
 def die_with_parent(number: int) -> None:

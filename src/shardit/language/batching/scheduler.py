@@ -1,6 +1,6 @@
 """The scheduler: which sequences a batch computes in each round. It knows neither tensors nor processes.
 
-Sequences wait in a queue by arrival. They are spread over groups; a group is one batch with one cache, and several
+Sequences wait in a queue by arrival. They are distributed over groups; a group is one batch with one cache, and several
 groups are in flight at once, at least one per stage. In each round a group decodes one token of each of its rows, then
 prefills one chunk of those that are about to join. Keys are aligned on the right, so a group has as many columns as its
 longest row, and shorter rows are padded on the left.
@@ -23,9 +23,9 @@ FREE_COLUMNS = 256
 @dataclass(frozen=True)
 class Limits:
     """rows: maximum sequences of a group. tokens: maximum rows times columns of one prefill. groups: number of groups
-    over which sequences are spread. memory: maximum bytes of all caches on a rank; None for no limit. joins: whether
-    sequences may join and leave a running group; if not, a group has rows of one length that start together. pads,
-    chunks: whether prompts of different lengths may be prefilled together, and one in several chunks."""
+    over which sequences are distributed. memory: maximum bytes of all caches on a rank; None for no limit. joins:
+    whether sequences may join and leave a running group; if not, a group has rows of one length that start together.
+    pads, chunks: whether prompts of different lengths may be prefilled together, and one in several chunks."""
 
     rows: int
     tokens: int

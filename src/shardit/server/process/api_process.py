@@ -45,7 +45,7 @@ def start(listener: socket.socket) -> Started:
     fds = [theirs.fileno(), listener.fileno()]
     with theirs:
         process = subprocess.Popen(
-            command(API, *fds, quick=True),
+            command(API, *fds, no_gc=True),
             stdin=subprocess.DEVNULL,
             pass_fds=fds,
             start_new_session=True,  # Ctrl-C is for the supervisor, which then decides

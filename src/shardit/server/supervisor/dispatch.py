@@ -78,7 +78,7 @@ class Dispatcher:
             rank_group,
             lambda: [running.on_ranks for running in self.running.values()],
             lambda replica: slowdown() * self.silence_limit.bound(self._sizes(replica)),
-            rank_group.timeouts.doubt_s,
+            rank_group.timeouts.probe_s,
         )
 
     # Events.

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import flop_registry
 
 from shardit.core.comm.collectives import even_sizes
 from shardit.errors import RankError
-from shardit.parallel.attention.block_run import DONE, FAILED, exchange_state
+from shardit.parallel.attention.block_attention import DONE, FAILED, exchange_state
 from shardit.parallel.attention.sequence_attention import Call, SequenceAttention
 from shardit.parallel.compare import close, disturbed
 from shardit.parallel.sequence.dealt.modules import only_tensor

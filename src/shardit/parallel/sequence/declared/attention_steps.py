@@ -14,12 +14,18 @@ from typing import NamedTuple
 import torch
 
 from shardit.errors import UnsupportedError
-from shardit.parallel.attention.block_run import ATTENDING, OutOfStep, check_other_sizes, exchange_state, other_sizes
+from shardit.parallel.attention.block_attention import (
+    ATTENDING,
+    OutOfStep,
+    check_other_sizes,
+    exchange_state,
+    other_sizes,
+)
 from shardit.parallel.attention.sequence_attention import Call, Layout, SequenceAttention
 from shardit.parallel.sequence.declared.token_rows import Rows, Runs, dealt_rows, runs_of, take
 
 GATHERING = ATTENDING + 10
-"""A state of a rank in an exchange (see `block_run.py`)."""
+"""A state of a rank in an exchange (see `block_attention.py`)."""
 
 ALIKE = {torch.float64: 1e-3, torch.float32: 1e-3}
 """Largest relative difference between copies of a token on two ranks; 5e-2 for shorter floats."""

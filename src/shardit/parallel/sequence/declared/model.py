@@ -29,13 +29,13 @@ from shardit.core.runtime.randomness import generators_kept
 from shardit.core.runtime.yielding import undisturbed
 from shardit.core.stages.stages import Stages
 from shardit.errors import InputError, RankError, UnsupportedError
-from shardit.parallel.attention.block_run import DONE, FAILED, exchange_state
+from shardit.parallel.attention.block_attention import DONE, FAILED, exchange_state
 from shardit.parallel.attention.hook import attention_goes_to
 from shardit.parallel.attention.sequence_attention import SequenceAttention
 from shardit.parallel.compare import disturbed, same, same_left
 from shardit.parallel.sequence.declared.attention_steps import Seen, Step
 from shardit.parallel.sequence.declared.module_hooks import call_module
-from shardit.parallel.sequence.declared.passes import Differs, Pass, ShardedPass, WholePass
+from shardit.parallel.sequence.declared.passes import Differs, Pass, ReferencePass, ShardedPass
 from shardit.parallel.sequence.declared.rules import ModuleRules, read_plan
 
 MAX_SIGNATURES = 1024
@@ -67,7 +67,7 @@ def running_pass() -> Pass | None:
 
 def runs_whole() -> bool:
     """Return whether a forward runs whole, on one rank alone, to record its steps."""
-    return isinstance(running_pass(), WholePass)
+    return isinstance(running_pass(), ReferencePass)
 
 
 @dataclass
@@ -172,7 +172,7 @@ class PlannedSequence:
 
     def _whole(self, run: Any, call: Forward, leaves: list[Any], spec: Any, kept: State) -> tuple[Any, list[Seen]]:
         """Run the whole model. Return its result, its state afterwards, and its course."""
-        whole = WholePass()
+        whole = ReferencePass()
         given = tree_map_only(torch.Tensor, torch.clone, leaves)
         args, kwargs = tree_unflatten(given, spec)
         with generators_kept(self.attention.sp.group.device):

@@ -1,6 +1,6 @@
 """One forward under a declared plan: whole, to record its steps, or over the ranks.
 
-`WholePass` and `ShardedPass` have the same methods: for a tensor to split or gather, and for an attention call
+`ReferencePass` and `ShardedPass` have the same methods: for a tensor to split or gather, and for an attention call
 (`hook.Handler`).
 """
 
@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
 
 from shardit.errors import UnsupportedError
-from shardit.parallel.attention.block_run import OutOfStep
+from shardit.parallel.attention.block_attention import OutOfStep
 from shardit.parallel.attention.sequence_attention import Call, SequenceAttention
 from shardit.parallel.sequence.declared.attention_steps import (
     AttentionStep,
@@ -37,7 +37,7 @@ class Differs(Exception):
 
 
 @dataclass
-class WholePass:
+class ReferencePass:
     """Splits nothing. events: the recorded steps."""
 
     events: list[Seen] = field(default_factory=list)
@@ -159,4 +159,4 @@ class ShardedPass:
         return self.steps[n]
 
 
-Pass = WholePass | ShardedPass
+Pass = ReferencePass | ShardedPass

@@ -29,7 +29,7 @@ from shardit.core.runtime.pending import PendingTensor, materialize, materialize
 from shardit.core.runtime.randomness import generators_kept
 from shardit.core.stages.stages import Stages
 from shardit.errors import RankError, UnsupportedError
-from shardit.parallel.attention.block_run import DONE, FAILED, BlockRun, OutOfStep, exchange_state
+from shardit.parallel.attention.block_attention import DONE, FAILED, BlockAttention, OutOfStep, exchange_state
 from shardit.parallel.attention.hook import attention_goes_to
 from shardit.parallel.attention.sequence_attention import Layout, SequenceAttention
 from shardit.parallel.block_signature import fingerprint, value_key
@@ -141,7 +141,7 @@ class SequenceParallel:
         assert step.plan is not None
         if not self._owned[index]:  # another stage runs it
             return call()
-        run = BlockRun(self.attention, list(step.plan.sharded), step.layouts)
+        run = BlockAttention(self.attention, list(step.plan.sharded), step.layouts)
         if step.layouts is not None:
             with attention_goes_to(run):
                 return call()
@@ -150,7 +150,7 @@ class SequenceParallel:
             step.layouts = run.learned
         return out
 
-    def _in_step(self, index: int, run: BlockRun, call: Callable[[], Any]) -> Any:
+    def _in_step(self, index: int, run: BlockAttention, call: Callable[[], Any]) -> Any:
         """Run a call of lengths that are not known: it fails on all ranks or on none."""
         try:
             try:

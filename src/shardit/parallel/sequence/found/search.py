@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from shardit.core.plans.trace import HostReads
 from shardit.errors import RankError, UnsupportedError
-from shardit.parallel.attention.block_run import DONE, FAILED, BlockRun, OutOfStep, agree, exchange_state
+from shardit.parallel.attention.block_attention import DONE, FAILED, BlockAttention, OutOfStep, agree, exchange_state
 from shardit.parallel.attention.hook import attention_goes_to
 from shardit.parallel.attention.sequence_attention import NotInRing, SequenceAttention
 from shardit.parallel.compare import close, disturbed, same, same_left
@@ -46,8 +46,8 @@ class NoShardingFound(UnsupportedError):
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """The sharding of a kind of block call. outs: split of each output leaf. sharded: see `BlockRun`. by_values: the
-    lengths of its attention may depend on values."""
+    """The sharding of a kind of block call. outs: split of each output leaf. sharded: see `BlockAttention`. by_values:
+    the lengths of its attention may depend on values."""
 
     candidate: Candidate
     outs: tuple[Split | None, ...]
@@ -108,7 +108,7 @@ class _Attempt:
             for leaf, split in zip(leaves, self.candidate.splits, strict=True)
         ]
         dataflow = Dataflow(s for s, split in zip(shards, self.candidate.splits, strict=True) if split is not None)
-        block = BlockRun(self.attention, [], dataflow=dataflow)
+        block = BlockAttention(self.attention, [], dataflow=dataflow)
         outs = self._outputs(block, call, shards, spec)
         splits = None if outs is None else self._out_splits(outs)
         if outs is None or splits is None:
@@ -121,7 +121,9 @@ class _Attempt:
         by_values = any(codes[1] for codes in gathered)
         return BlockPlan(self.candidate, tuple(splits), tuple(block.sharded), by_values)
 
-    def _outputs(self, block: BlockRun, call: Callable[..., Any], shards: list[Any], spec: Any) -> list[Any] | None:
+    def _outputs(
+        self, block: BlockAttention, call: Callable[..., Any], shards: list[Any], spec: Any
+    ) -> list[Any] | None:
         """Return the output leaves; None if it failed on any rank. No rank waits for one that has failed."""
         outs: list[Any] = []
         code = FAILED

@@ -70,14 +70,14 @@ class Several(Once):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments of a command line: `--flag a b` is `--flag a --flag b`."""
         repeated = {name for one in self.get_params(ctx) if getattr(one, "multiple", False) for name in one.opts}
-        spread: list[str] = []
+        expanded: list[str] = []
         flag, first = None, False
         for text in args:
             if text.startswith("--"):
                 name, sign, _ = text.partition("=")
                 flag, first = name if name in repeated else None, not sign
             elif flag is not None:
-                spread += [] if first else [flag]
+                expanded += [] if first else [flag]
                 first = False
-            spread.append(text)
-        return super().parse_args(ctx, spread)
+            expanded.append(text)
+        return super().parse_args(ctx, expanded)

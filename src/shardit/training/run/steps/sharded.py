@@ -27,7 +27,7 @@ def share_out(parameters: Mapping[str, nn.Parameter], replicas: int) -> dict[str
 
 
 @torch.no_grad()
-def spread(parameters: Mapping[str, nn.Parameter], owners: Mapping[str, int], group: GroupCoordinator) -> None:
+def broadcast_owned(parameters: Mapping[str, nn.Parameter], owners: Mapping[str, int], group: GroupCoordinator) -> None:
     """Send each parameter from its replica to the others. Collective over the replicas."""
     for (owner, _), names in _buckets(parameters, owners):
         some = [parameters[name] for name in names]

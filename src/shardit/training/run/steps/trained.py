@@ -19,7 +19,7 @@ from shardit.training.recipe import Recipe
 from shardit.training.run.places import AVERAGE
 from shardit.training.run.steps.average import Average
 from shardit.training.run.steps.optimizers import make_optimizer
-from shardit.training.run.steps.sharded import share_out, spread
+from shardit.training.run.steps.sharded import broadcast_owned, share_out
 from shardit.training.run.steps.shares import Shares, example_of, examples
 from shardit.training.seeds import derived
 from shardit.training.settings import TrainSettings
@@ -94,7 +94,7 @@ class Trained:
                 group["lr"] = rate
             self.optimizer.step()
         if self.owners:
-            spread(self.parameters, self.owners, self.mesh.axes["dp"])
+            broadcast_owned(self.parameters, self.owners, self.mesh.axes["dp"])
         for parameter in self.parameters.values():
             parameter.grad = None
 

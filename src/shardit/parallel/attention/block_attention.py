@@ -24,7 +24,7 @@ class OutOfStep(Exception):
 
 
 @dataclass
-class BlockRun:
+class BlockAttention:
     """Handles the attention calls of one block call (a `hook.Handler`).
 
     sharded[n]: whether queries and whether keys of attention call n are sharded; found if `dataflow` is given. layouts:

@@ -114,7 +114,7 @@ def get_sp_group() -> GroupCoordinator:
 
 
 def get_ulysses_group() -> GroupCoordinator:
-    """Return the ranks that attention heads are dealt to."""
+    """Return the ranks that attention heads are distributed to."""
     return _group("ulysses")
 
 
@@ -124,7 +124,7 @@ def get_ring_group() -> GroupCoordinator:
 
 
 def get_cfg_group() -> GroupCoordinator:
-    """Return the ranks that the branches of guidance are dealt to."""
+    """Return the ranks that the branches of guidance are distributed to."""
     return _group("cfg")
 
 
@@ -179,7 +179,7 @@ def get_classifier_free_guidance_rank() -> int:
 
 
 def get_classifier_free_guidance_world_size() -> int:
-    """Ranks that the branches of guidance are dealt to."""
+    """Ranks that the branches of guidance are distributed to."""
     return get_cfg_group().world_size
 
 

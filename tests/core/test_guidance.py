@@ -1,4 +1,4 @@
-"""The guidance and data axes: calls of a step dealt to replicas, requests dealt to copies."""
+"""The guidance and data axes: calls of a step assigned to replicas, requests assigned to copies."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Request:
     """Stands for a program."""
 
 
-def test_calls_are_dealt_in_turn() -> None:
+def test_calls_are_assigned_in_turn() -> None:
     guidance, first, second = GuidanceScheduler(2, 0, 0), Request(), Request()
     for program in (first, second):
         assert guidance.parts(program, 1) == 1
@@ -83,7 +83,7 @@ def test_branches_run_on_different_replicas() -> None:
             assert abs(first - second) <= blocks  # one forward, where their number is odd
 
 
-def test_a_batch_is_dealt_by_sample() -> None:
+def test_a_batch_is_assigned_by_sample() -> None:
     cases = [Case(name, 1, split_batch=True, call=guidance(name), axes=TWO) for name in BATCHED]
     close(cases)
 
@@ -135,7 +135,7 @@ def called_again(rank: int, count: int, method: str) -> list[str]:
     return said
 
 
-def test_calls_of_one_pipeline_are_dealt_alike() -> None:
+def test_calls_of_one_pipeline_are_assigned_alike() -> None:
     for name in ("sd3.5", "wan2.2-ti2v"):
         tiny.resolve(f"tiny/{name}")
     first, second = run_ranks(2, called_again)
@@ -158,20 +158,20 @@ def test_broken_communication_is_seen() -> None:
     assert not np.array_equal(reference(case)[0], joined(of_ranks, "arrays")[0])
 
 
-def test_requests_are_dealt_to_copies() -> None:
+def test_requests_are_assigned_to_copies() -> None:
     axes = {"data_parallel_size": 2}
     (of_ranks,) = compare([Case("wan2.2-ti2v", 1, requests=3, axes=axes)])
     assert [sorted(r["arrays"]) for r in of_ranks] == [[0, 2], [1]]
 
 
-def undealt(rank: int, count: int, method: str, case: Case) -> Any:
+def unassigned(rank: int, count: int, method: str, case: Case) -> Any:
     own = Mesh.coords.fget
     Mesh.coords = property(lambda self: {**own(self), "dp": 0})  # type: ignore[method-assign, misc]
     return staged(rank, count, method, [case])[0]
 
 
 def test_copies_running_the_same_requests_are_detected() -> None:
-    of_ranks = run_ranks(2, undealt, Case("wan2.2-ti2v", 1, requests=2, axes={"data_parallel_size": 2}))
+    of_ranks = run_ranks(2, unassigned, Case("wan2.2-ti2v", 1, requests=2, axes={"data_parallel_size": 2}))
     assert [sorted(r["arrays"]) for r in of_ranks] != [[0], [1]]
 
 

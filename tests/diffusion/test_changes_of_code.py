@@ -494,7 +494,7 @@ def skipping_over_ulysses(rank: int, count: int, method: str) -> Any:
     return skipped_layers(pipe)
 
 
-def test_a_layer_that_is_skipped_in_a_dealt_block() -> None:
+def test_a_layer_that_is_skipped_in_a_partitioned_block() -> None:
     plain = entries()["StableDiffusionXLPipeline"].build()
     before = skipped_layers(plain)
     apply_layer_skip(plain.unet, SKIP)

@@ -113,7 +113,7 @@ NAMES = [
     ("", "MODEL=model --pipeline-parallel-size=13", "is more than the 12 blocks of the model; use at most 12"),
     ("", "MODEL=model --pipeline-parallel-size=2 --layer-partition=3,4", "adds up to 7, but the transformer has 12"),
     ("SHARDIT_PP_LAYER_PARTITION=11", "MODEL=model", "SHARDIT_PP_LAYER_PARTITION 11 adds up to 11"),
-    ("", "MODEL=model --tensor-parallel-size=5", "its attention has 4 heads to deal out; use 1 to 4"),
+    ("", "MODEL=model --tensor-parallel-size=5", "its attention has 4 heads to divide; use 1 to 4"),
     ("HF_HUB_OFFLINE=1", "MODEL=no/where", "no/where is not (wholly) in the cache and HF_HUB_OFFLINE is set"),
     ("HF_HUB_OFFLINE=1", "MODEL=x.safetensors --config=nowhere", "nowhere is not (wholly) in the cache"),
     ("HF_ENDPOINT=http://127.0.0.1:9", "HF_HUB_OFFLINE=0 MODEL=no/where", "cannot reach http://127.0.0.1:9"),

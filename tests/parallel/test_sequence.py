@@ -280,7 +280,7 @@ class Block(nn.Module):
             return hidden_states + self.linear(hidden_states.mean(1, keepdim=True))
         if self.fault == "one rank" and hidden_states.shape[1] == 3:
             raise ValueError("three tokens are too few")
-        if self.fault == "one rank":  # nothing of it can be dealt
+        if self.fault == "one rank":  # nothing of it can be partitioned
             return hidden_states + self.linear(hidden_states[:, :1])
         if self.fault == "writes":
             hidden_states.mul_(2)
@@ -393,7 +393,7 @@ def lengths_of_values(rank: int, count: int, method: str, way: dict) -> None:
         plain, other = joined(how, way)
         for lengths in ((9,), (3,), (12,), (4, 11), (8, 1), (5,)):
             assert both(plain, other, **texts(*lengths)) <= CLOSE, (how, lengths)
-        assert not other.shardit_sequence.dealt
+        assert not other.shardit_sequence.partitioned
     plain, other = joined("fails", way)
     assert both(plain, other, **texts(8)) <= CLOSE
     elsewhere = r"Joined \(JoinedModel.blocks.0\) fails on another rank"
@@ -450,9 +450,11 @@ def silent(rank: int, count: int, method: str, way: dict) -> None:
     Collectives.rotate = lambda self, send, receive: lambda: receive.zero_()  # type: ignore[assignment]
     assert both(plain, other, **arguments) > 1e-3
     fresh: Any = alone(name, way)[1]
-    assert both(plain, fresh, **arguments) <= CLOSE  # the check sees it: operations are dealt, which needs neither
-    assert fresh.shardit_sequence.dealt
-    assert not other.shardit_sequence.dealt
+    assert (
+        both(plain, fresh, **arguments) <= CLOSE
+    )  # the check sees it: operations are partitioned, which needs neither
+    assert fresh.shardit_sequence.partitioned
+    assert not other.shardit_sequence.partitioned
     Collectives.all_to_all, Collectives.rotate = exchange, rotate
     assert both(plain, other, **arguments) <= CLOSE
 

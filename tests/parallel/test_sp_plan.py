@@ -17,7 +17,7 @@ from shardit.diffusion.roles import denoises
 from shardit.models import tiny
 from shardit.parallel.sequence.declared.model import PlannedSequence
 from shardit.parallel.sequence.declared.rules import read_plan
-from shardit.parallel.sequence.declared.token_rows import dealt_rows, runs_of
+from shardit.parallel.sequence.declared.token_rows import partitioned_rows, runs_of
 from shardit.sp_plan import SequenceParallelInput, SequenceParallelOutput
 from shardit.sp_sharding import sp_gather, sp_shard
 from tests.diffusion.test_parallelize import join
@@ -147,7 +147,7 @@ def test_plans_of_diffusers_name_more_blocks_than_there_are() -> None:
 
 def test_rows_of_a_rank() -> None:
     """Two tokens in front are on both ranks; rank 1 has four of its own and one that is padding."""
-    rows = dealt_rows(7, 11, [0, 1, 2, 3, 4, 5], (7, 6), (2, 0), 1)
+    rows = partitioned_rows(7, 11, [0, 1, 2, 3, 4, 5], (7, 6), (2, 0), 1)
     assert rows.lens == (6, 5)
     assert rows.own == ((1, 5),)
     assert [rows.natural(rank) for rank in (0, 1)] == [[0, 2, 3, 4, 5, 6], [1, 7, 8, 9, 10]]
@@ -523,7 +523,7 @@ def taken_over(rank: int, count: int, method: str) -> None:
     without: Any = Taken()
     del without._cp_plan
     agrees(plain, over(without, ULYSSES), tokens(7), words(4))
-    assert without.shardit_sequence.dealt
+    assert without.shardit_sequence.partitioned
 
 
 def test_plan_of_diffusers_takes_over() -> None:

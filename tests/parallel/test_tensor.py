@@ -438,7 +438,7 @@ def test_surveyed_classes() -> None:
 def test_every_class() -> None:
     outcomes = check_survey([e.id for e in all_entries()])
     refused = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, str)}
-    too_few_heads = [name for name, outcome in refused.items() if "has 1 heads to deal out" in outcome]
+    too_few_heads = [name for name, outcome in refused.items() if "has 1 heads to divide" in outcome]
     assert len(refused) - len(too_few_heads) <= 4, refused
 
 
@@ -489,7 +489,7 @@ def test_every_pipeline(name: str, count: int) -> None:
         call = {**STEPS, "output_type": "np"}
     case = Case(name, pp=1, call=call, with_image=name == "wan2.2-i2v")
     if (name, count) == ("wan2.2-i2v", 4):  # this one has 3 heads
-        with pytest.raises(RanksFailed, match="its attention has 3 heads to deal out; use 1 to 3"):
+        with pytest.raises(RanksFailed, match="its attention has 3 heads to divide; use 1 to 3"):
             run_ranks(count, session, case)
     else:
         compare(case, count)

@@ -1,4 +1,4 @@
-"""VAEs whose tiles are dealt to ranks, against diffusers' own tiling on one."""
+"""VAEs whose tiles are assigned to ranks, against diffusers' own tiling on one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from shardit.diffusion.roles import roles_of
 from shardit.engine.inspect import inspect_model
 from shardit.errors import InputError, UnsupportedError
 from shardit.models import tiny
-from shardit.parallel.vae.plan import deal
+from shardit.parallel.vae.plan import assign_tiles
 from shardit.parallel.vae.tiles import Tiles, shard_tiles
 from tests.support.ranks import run_ranks
 from tests.support.vae_models import ENTRIES, Entry, inputs, outputs
@@ -55,8 +55,10 @@ def run_sharded(rank: int, size: int, method: str, names: list[str], ranks: tupl
             materialize(out)
             result[name] = {"out": out, "ran": dict(tiles.ran), "sent": comm.sent_bytes - before}
         plans = {key[0]: plan for key, plan in tiles._plans.items() if not isinstance(plan, str)}
-        dealt = {name: ([call.tile for call in plan.calls], plan.owners) for name, plan in plans.items()}
-        found.append({"calls": result, "dealt": dealt, "why not": [p for p in tiles._plans.values() if p is str(p)]})
+        assigned = {name: ([call.tile for call in plan.calls], plan.owners) for name, plan in plans.items()}
+        found.append(
+            {"calls": result, "assigned": assigned, "why not": [p for p in tiles._plans.values() if p is str(p)]}
+        )
     return found
 
 
@@ -90,7 +92,7 @@ def compare(names: tuple[str, ...], size: int, ranks: tuple[int, ...]) -> None:
             of_ranks = [result[number]["calls"][method] for result in results]
             assert torch.isfinite(expected).all(), where
             assert all(torch.equal(expected, r["out"]) for r in of_ranks), where
-            tile_of, owners = first["dealt"][method]
+            tile_of, owners = first["assigned"][method]
             assert len(tile_of) == len(sizes[method]), where
             assert len(set(owners)) == min(len(ranks), len(owners)), where  # fewer tiles than ranks: the rest idle
             for place, rank in enumerate(ranks):
@@ -120,10 +122,10 @@ def test_more_ranks(size: int) -> None:
 
 
 def test_largest_tiles_go_first_to_the_least_loaded_rank() -> None:
-    assert deal([4, 4, 4, 4], 2) == (1, 0, 1, 0)
-    assert deal([1, 5, 1, 1, 1, 1], 2) == (0, 1, 0, 0, 0, 0)
-    assert deal([1], 3) == (0,)
-    assert deal([], 2) == ()
+    assert assign_tiles([4, 4, 4, 4], 2) == (1, 0, 1, 0)
+    assert assign_tiles([1, 5, 1, 1, 1, 1], 2) == (0, 1, 0, 0, 0, 0)
+    assert assign_tiles([1], 3) == (0,)
+    assert assign_tiles([], 2) == ()
 
 
 class Heard(logging.Handler):

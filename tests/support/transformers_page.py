@@ -31,7 +31,8 @@ HEAD = f"""{HEADING}
 
 Written by `make transformers` from what it measured; not by hand. One class each, tiny and with random weights, called
 alone in float32 on two ranks: `=` is the same bits as plain diffusers in five calls of two sizes, a number the relative
-L2 distance of one call, `*` that a kind of block runs on all tokens on both ranks, its operations dealt to them.
+L2 distance of one call, `*` that a kind of block runs on all tokens on both ranks, its operations partitioned over
+them.
 
 """
 
@@ -44,8 +45,8 @@ TOKENS: dict[str, dict[str, Any]] = {"ulysses 2": {"ulysses_degree": 2}, "ring 2
 FAILED = "failed"
 
 
-class Dealt(float):
-    """The distance of a class of which some blocks run on all tokens, their operations dealt."""
+class Partitioned(float):
+    """The distance of a class of which some blocks run on all tokens, their operations partitioned."""
 
 
 Found = Mapping[str, float | str]
@@ -74,7 +75,7 @@ def run_sharded(rank: int, count: int, method: str, ids: Sequence[str], config: 
             continue
         tensors = [(a, b) for a, b in pairs if isinstance(a, torch.Tensor) and a.is_floating_point()]
         distance = max(test_tensor.distance(a, b) for a, b in tensors)
-        found[entry.id] = Dealt(distance) if getattr(model.shardit_sequence, "dealt", ()) else distance
+        found[entry.id] = Partitioned(distance) if getattr(model.shardit_sequence, "partitioned", ()) else distance
     return found
 
 
@@ -89,7 +90,7 @@ def number_cell(found: float | str) -> str:
     """What the table says of a class over slices or sharded tokens."""
     if isinstance(found, str):
         return FAILED if found.startswith(FAILED) else "refused"
-    return f"{found:.0e}" * bool(found) + "=" * (not found) + "*" * isinstance(found, Dealt)
+    return f"{found:.0e}" * bool(found) + "=" * (not found) + "*" * isinstance(found, Partitioned)
 
 
 def short(reason: str) -> str:

@@ -19,7 +19,7 @@ WORTH_A_SPLIT = 0.01
 """If the bytes of two ranks differ by a smaller share, no layer is divided between them."""
 
 SAME_SIZE = 0.05
-"""Neighbouring units whose sizes differ by at most this share are dealt out as runs."""
+"""Neighbouring units whose sizes differ by at most this share are distributed as runs."""
 
 
 @dataclass(frozen=True)

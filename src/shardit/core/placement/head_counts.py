@@ -12,7 +12,7 @@ def check_heads(tp_size: int, class_name: str, most: int) -> None:
     if most < tp_size:
         raise UnsupportedError(
             f"tensor_parallel_size={tp_size} does not fit {class_name}: its attention has {most} heads "
-            f"to deal out; use 1{f' to {most}' if most > 1 else ''}"
+            f"to divide; use 1{f' to {most}' if most > 1 else ''}"
         )
 
 

@@ -76,7 +76,8 @@ def even(total: int, parts: Parts, dim: int = 0, unit: int = 1) -> Shards:
 
 
 def even_runs(count: int, parts: Parts, unit: int = 1, offset: int = 0) -> list[tuple[int, int]]:
-    """`count` units of `unit` elements, dealt to `parts` in order: (start, length) for each, from `offset` on."""
+    """`count` units of `unit` elements, distributed over `parts` in order: (start, length) for each, from `offset`
+    on."""
     lengths = [n * unit for n in (_equal(count, parts) if isinstance(parts, int) else _in_proportion(count, parts))]
     return list(zip(accumulate(lengths[:-1], initial=offset), lengths, strict=True))
 

@@ -1,4 +1,5 @@
-"""The guidance axis: the calls of one step (its branches, or samples of a batch) are dealt to replicas of the model."""
+"""The guidance axis: the calls of one step (its branches, or samples of a batch) are assigned to replicas of the
+model."""
 
 from __future__ import annotations
 
@@ -58,11 +59,11 @@ class RemoteCall:
 class Step:
     """The calls of the present step of one request, and what the step before it had.
 
-    dealt: pieces that were given to a replica. calls: since a result was last waited for. samples: of the last one.
+    assigned: pieces that were given to a replica. calls: since a result was last waited for. samples: of the last one.
     branches: calls of a step, once known.
     """
 
-    dealt: int = 0
+    assigned: int = 0
     calls: int = 0
     samples: int = 1
     branches: int | None = None
@@ -70,7 +71,7 @@ class Step:
 
 @dataclass
 class GuidanceScheduler:
-    """Deals calls to the replicas of the guidance axis, in turn; the same on every rank.
+    """Assigns calls to the replicas of the guidance axis, in turn; the same on every rank.
 
     A step ends when its program first waits for a result: the calls before that are its branches.
     """
@@ -113,8 +114,8 @@ class GuidanceScheduler:
     def next(self, program: object) -> int:
         """Return the replica that runs the next piece."""
         step = self._step(program)
-        step.dealt += 1
-        return (step.dealt - 1) % self.size
+        step.assigned += 1
+        return (step.assigned - 1) % self.size
 
     def mark_used(self, out: Any, program: object) -> Any:
         """Wrap a finished result so that its first use still ends the step."""

@@ -57,8 +57,8 @@ class Stages:
         runtime, code = self.runtime, self._code()
         exclusive = scales_adapters(call.kwargs, self.scales) or self.first.alone
         samples = 1 if exclusive or not runtime.split_batch else microbatch.batch_size(call.args, call.kwargs)
-        dealt = runtime.guidance.parts(runtime.program, samples)
-        parts = min(samples, dealt * -(-runtime.mesh.pp_size // runtime.max_in_flight))
+        pieces = runtime.guidance.parts(runtime.program, samples)
+        parts = min(samples, pieces * -(-runtime.mesh.pp_size // runtime.max_in_flight))
         if parts > 1:
             return self._split.run(forward, call, code, parts)
         if not exclusive:

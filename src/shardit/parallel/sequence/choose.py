@@ -4,8 +4,8 @@
 2. A plan found from its block calls (`found/model.py`). It supports uneven lengths, masks and sizes that coincide, and
 is checked at each kind of block, so it comes before a plan that was written for another engine.
 3. `_cp_plan`, diffusers' own, if nothing is found. To use it first: `model._sp_plan = model._cp_plan`.
-4. Blocks on all tokens, their operations dealt to the ranks (`dealt/`), if that is not there or does not work. A small
-list of blocks is dealt before `_cp_plan` is asked.
+4. Blocks on all tokens, their operations partitioned over the ranks (`partitioned/`), if that is not there or does not
+work. A small list of blocks is partitioned before `_cp_plan` is asked.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Choice:
     def _instead(
         self, not_found: NoShardingFound, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Run the call under the plan of diffusers; if that does not work either, deal the operations of blocks."""
+        """Run the call under the plan of diffusers; if that does not work either, partition the operations of
+        blocks."""
         found, other = self.way, self.other
         assert other is not None
         assert isinstance(found, SequenceParallel)
@@ -62,7 +63,7 @@ class Choice:
             self.way.install()
             out = self.way.forward(call, args, kwargs)
         except InputError:
-            self.way, found.deals = found, True
+            self.way, found.may_partition = found, True
             try:
                 return found.forward(call, args, kwargs)
             except InputError as also:  # the first refusal is more informative
@@ -107,7 +108,7 @@ def _choose(model: nn.Module, attention: SequenceAttention, plan: Any, names: Co
     blocks = blocks_named(model, names, plan)
     if blocks:
         other = (lambda: read_planned(model, OF_DIFFUSERS, attention)) if has_other else None
-        return Choice(SequenceParallel(model, attention, blocks, deals=not has_other), other)
+        return Choice(SequenceParallel(model, attention, blocks, may_partition=not has_other), other)
     if has_other:
         return Choice(read_planned(model, OF_DIFFUSERS, attention))
     raise UnsupportedError(f"{type(model).__name__} has no block lists, so its tokens cannot be sharded: {REMEDY}")

@@ -164,7 +164,7 @@ class Cutter:
         """Do the same for attention with fewer heads than ranks."""
         self.too_few.append(heads)
         number = heads.queries if heads.replicates else heads.keys
-        return self.left_whole(name, f"{number} heads cannot be dealt to {self.size} ranks")
+        return self.left_whole(name, f"{number} heads cannot be divided among {self.size} ranks")
 
     def check_borrowers(self) -> None:
         """Raise UnsupportedError if some layers are cut and others whole in a model whose layers share keys."""

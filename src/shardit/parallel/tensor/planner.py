@@ -245,7 +245,7 @@ def _latent_attention(cutter: Cutter, name: str, module: nn.Module) -> bool:
             return cutter.left_whole(name, "no rule matches one of its parts")
         widths = [out.in_features, *(linear.out_features for linear in into.values())]
         if count < cutter.size or any(width % count for width in widths):
-            return cutter.left_whole(name, f"{count} heads cannot be dealt to {cutter.size} ranks")
+            return cutter.left_whole(name, f"{count} heads cannot be divided among {cutter.size} ranks")
         for part, linear in into.items():
             width = linear.out_features
             cutter.columns(join(name, part), linear, even(width, cutter.parts, unit=width // count))

@@ -51,8 +51,8 @@ class TilePlan:
 
     @staticmethod
     def of(calls: Sequence[TileCall], costs: Sequence[int], ranks: int) -> TilePlan:
-        """Deal the tiles to ranks, and lay out the message of each rank."""
-        owners = deal(costs, ranks)
+        """Assign the tiles to ranks, and lay out the message of each rank."""
+        owners = assign_tiles(costs, ranks)
         sizes: list[list[int]] = [[] for _ in range(ranks)]
         at: dict[tuple[int, int], int] = {}
         for number, call in enumerate(calls):
@@ -73,7 +73,7 @@ class TilePlan:
         return any(self.owners)
 
 
-def deal(costs: Sequence[int], ranks: int) -> tuple[int, ...]:
+def assign_tiles(costs: Sequence[int], ranks: int) -> tuple[int, ...]:
     """Return the rank of each tile: the largest first, to the rank with the least work; among equals the last rank,
     since the first blends. A single tile goes to the first, which then needs no message."""
     if len(costs) == 1:

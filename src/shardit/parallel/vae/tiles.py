@@ -39,7 +39,7 @@ class _Leave(BaseException):
 
 
 class Tiles:
-    """One VAE whose tiles are dealt to the members `ranks` of `comm`; the first of them assembles the result.
+    """One VAE whose tiles are assigned to the members `ranks` of `comm`; the first of them assembles the result.
 
     ran[t]: number of times this rank computed tile t of a call (0 for tiles of other ranks).
     """

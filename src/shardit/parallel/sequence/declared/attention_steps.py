@@ -22,7 +22,7 @@ from shardit.parallel.attention.block_attention import (
     other_sizes,
 )
 from shardit.parallel.attention.sequence_attention import Call, Layout, SequenceAttention
-from shardit.parallel.sequence.declared.token_rows import Rows, Runs, dealt_rows, runs_of, take
+from shardit.parallel.sequence.declared.token_rows import Rows, Runs, partitioned_rows, runs_of, take
 
 GATHERING = ATTENDING + 10
 """A state of a rank in an exchange (see `block_attention.py`)."""
@@ -176,7 +176,7 @@ def _rows(
             "tensor that is joined to a split one, or leave it whole on all ranks"
         )
     places = _shared_places(tensors, real, shared, attention) if shared else (0, 0)
-    return dealt_rows(here, whole, real, counts, places, attention.sp.index)
+    return partitioned_rows(here, whole, real, counts, places, attention.sp.index)
 
 
 def _shared_places(

@@ -19,9 +19,9 @@ class Rows:
     """The rows (tokens) over the ranks of one tensor with `whole` rows in total.
 
     local: rows on this rank. own: the rows that it contributes, so that all ranks together have each row once. lens:
-    number of rows that each rank contributes. shared: rows on every rank (unsplit text, for example): they are dealt to
-    the ranks, and `front` of them stand before the split ones. All other local rows are padding. everywhere: every rank
-    has the whole tensor.
+    number of rows that each rank contributes. shared: rows on every rank (unsplit text, for example): they are
+    partitioned over the ranks, and `front` of them stand before the split ones. All other local rows are padding.
+    everywhere: every rank has the whole tensor.
     """
 
     local: int
@@ -38,34 +38,34 @@ class Rows:
 
     def put(self, rows: torch.Tensor, comm: Collectives, blank: float) -> torch.Tensor:
         """Expand results for own rows (dimension 1) to all local ones: shared rows come from the rank to which they
-        were dealt, padding is `blank`."""
+        were partitioned, padding is `blank`."""
         if self.own == ((0, self.local),):
             return rows
         full = rows.new_full((rows.shape[0], self.local, *rows.shape[2:]), blank)
         place(full, self.own, rows)
         if self.shared:
-            dealt = even_sizes(_count(self.shared), comm.size)
-            mine = take(full, self._dealt(dealt, comm.index), 1)
-            place(full, self.shared, comm.all_gather(mine, dealt, 1))
+            partitioned = even_sizes(_count(self.shared), comm.size)
+            mine = take(full, self._partitioned(partitioned, comm.index), 1)
+            place(full, self.shared, comm.all_gather(mine, partitioned, 1))
         return full
 
-    def _dealt(self, dealt: Sequence[int], rank: int) -> Runs:
+    def _partitioned(self, partitioned: Sequence[int], rank: int) -> Runs:
         indices = _indices(self.shared)
-        start = sum(dealt[:rank])
-        return runs_of(indices[start : start + dealt[rank]])
+        start = sum(partitioned[:rank])
+        return runs_of(indices[start : start + partitioned[rank]])
 
     def natural(self, rank: int) -> list[int]:
         """Return the places in the whole tensor of the rows that a rank contributes. The split rows are assumed to be
         one sequence: several sequences are concatenated by rank, which would show as a wrong result."""
         shared, size = _count(self.shared), len(self.lens)
-        dealt = even_sizes(shared, size)
-        split = [n - d for n, d in zip(self.lens, dealt, strict=True)]
-        start, first = sum(dealt[:rank]), self.front + sum(split[:rank])
-        places = [i if i < self.front else self.whole - shared + i for i in range(start, start + dealt[rank])]
+        partitioned = even_sizes(shared, size)
+        split = [n - d for n, d in zip(self.lens, partitioned, strict=True)]
+        start, first = sum(partitioned[:rank]), self.front + sum(split[:rank])
+        places = [i if i < self.front else self.whole - shared + i for i in range(start, start + partitioned[rank])]
         return sorted([*places, *range(first, first + split[rank])])
 
 
-def dealt_rows(
+def partitioned_rows(
     here: int, whole: int, real: Sequence[int], counts: Sequence[int], shared: tuple[int, int], rank: int
 ) -> Rows:
     """Return the rows of a tensor with `counts[rank]` rows without padding on each rank; `real`: their indices on this
@@ -76,10 +76,10 @@ def dealt_rows(
     front, back = shared
     size = len(counts)
     both = [*real[:front], *real[len(real) - back :]]
-    dealt = even_sizes(front + back, size)
-    start = sum(dealt[:rank])
-    own = sorted([*both[start : start + dealt[rank]], *real[front : len(real) - back]])
-    lens = tuple(n - front - back + d for n, d in zip(counts, dealt, strict=True))
+    partitioned = even_sizes(front + back, size)
+    start = sum(partitioned[:rank])
+    own = sorted([*both[start : start + partitioned[rank]], *real[front : len(real) - back]])
+    lens = tuple(n - front - back + d for n, d in zip(counts, partitioned, strict=True))
     return Rows(here, whole, lens, runs_of(own), runs_of(both), front)
 
 

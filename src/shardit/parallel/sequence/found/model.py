@@ -33,11 +33,17 @@ from shardit.parallel.attention.block_attention import DONE, FAILED, BlockAttent
 from shardit.parallel.attention.hook import attention_goes_to
 from shardit.parallel.attention.sequence_attention import Layout, SequenceAttention
 from shardit.parallel.block_signature import fingerprint, value_key
-from shardit.parallel.sequence.dealt.modules import intercept
-from shardit.parallel.sequence.dealt.run import DealtBlock, DealtRows, DealtRun, operations_go_to, rows_by_module
-from shardit.parallel.sequence.dealt.search import SMALL, WORTH, describe, find_dealt, share_of_list
 from shardit.parallel.sequence.found.flow import Flow
 from shardit.parallel.sequence.found.search import REMEDY, BlockPlan, NoShardingFound, find_plan
+from shardit.parallel.sequence.partitioned.modules import intercept
+from shardit.parallel.sequence.partitioned.run import (
+    PartitionedBlock,
+    PartitionedCall,
+    PartitionedRows,
+    operations_go_to,
+    rows_by_module,
+)
+from shardit.parallel.sequence.partitioned.search import SMALL, WORTH, describe, find_partition, share_of_list
 from shardit.parallel.sequence.shards.lazy import Cache, ShardSource
 from shardit.parallel.sequence.shards.token_dims import Shape
 
@@ -49,11 +55,11 @@ MAX_STEPS = 1024
 
 @dataclass
 class Step:
-    """A kind of block call at given sizes. plan None: every rank runs it whole, `dealt` by operations if it is given.
-    layouts None: not learned yet, or read off the tensors of each call since they may depend on values."""
+    """A kind of block call at given sizes. plan None: every rank runs it whole, `partitioned` by operations if it is
+    given. layouts None: not learned yet, or read off the tensors of each call since they may depend on values."""
 
     plan: BlockPlan | None
-    dealt: DealtBlock | None = None
+    partitioned: PartitionedBlock | None = None
     totals: tuple[int, ...] = ()
     layouts: list[Layout] | None = None
 
@@ -65,23 +71,23 @@ _flow: ContextVar[Flow | None] = ContextVar("shardit_flow", default=None)
 class SequenceParallel:
     """One transformer whose tokens are sharded over "sp".
 
-    checked: block calls that were compared with the whole block (one for each kind). deals: whether a block whose
-    tokens cannot be split is dealt by operations; if not, only a small list is (`SMALL`).
+    checked: block calls that were compared with the whole block (one for each kind). may_partition: whether a block
+    whose tokens cannot be split is partitioned by operations; if not, only a small list is (`SMALL`).
     """
 
     model: nn.Module
     attention: SequenceAttention
     blocks: list[tuple[str, nn.Module]]
     stages: Stages | None = None
-    deals: bool = False
+    may_partition: bool = False
     checked: int = 0
     by_hand = False
     _fingerprints: list[Any] = field(default_factory=list)
     _attentions: list[list[dict[str, Any]]] = field(default_factory=list)
     _owned: list[bool] = field(default_factory=list)
     _plans: dict[Any, list[tuple[BlockPlan, Any]]] = field(default_factory=dict)
-    _dealt: dict[Any, DealtBlock] = field(default_factory=dict)
-    _rows: dict[int, tuple[DealtBlock, DealtRows]] = field(default_factory=dict)
+    _partitioned: dict[Any, PartitionedBlock] = field(default_factory=dict)
+    _rows: dict[int, tuple[PartitionedBlock, PartitionedRows]] = field(default_factory=dict)
     _noted: set[str] = field(default_factory=set)
     _steps: dict[Any, Step] = field(default_factory=dict)
     _numbers: NumbersSeen = field(default_factory=NumbersSeen)
@@ -170,15 +176,15 @@ class SequenceParallel:
 
     def _run_whole(self, index: int, step: Step, call: Callable[[], Any]) -> Any:
         flow = _flow.get()
-        if step.dealt is None or not self._owned[index] or flow is None:
+        if step.partitioned is None or not self._owned[index] or flow is None:
             return call()
         known = self._rows.get(index)
-        if known is None or known[0] is not step.dealt:
+        if known is None or known[0] is not step.partitioned:
             intercept(self.blocks[index][1])
-            known = self._rows[index] = step.dealt, rows_by_module(self.blocks[index][1], step.dealt)
+            known = self._rows[index] = step.partitioned, rows_by_module(self.blocks[index][1], step.partitioned)
         flow.in_block = True
         try:
-            with operations_go_to(DealtRun(self.attention.sp, known[1])):
+            with operations_go_to(PartitionedCall(self.attention.sp, known[1])):
                 return call()
         finally:
             flow.in_block = False
@@ -208,10 +214,10 @@ class SequenceParallel:
             if len(self._steps) >= MAX_STEPS:
                 self._steps.clear()
             plan, dealt_kind = self._known(kind, shapes), (kind, _batches(shapes))
-            if plan is None and dealt_kind not in self._dealt:
+            if plan is None and dealt_kind not in self._partitioned:
                 plan = self._find(kind, index, call, leaves, spec, shapes)
             if plan is None:
-                step = Step(None, self._dealt.get(dealt_kind))
+                step = Step(None, self._partitioned.get(dealt_kind))
             else:
                 step = Step(plan, None, plan.candidate.totals(shapes))
             self._steps[key] = step
@@ -227,7 +233,7 @@ class SequenceParallel:
     def _find(
         self, kind: Any, index: int, call: Callable[..., Any], leaves: list[Any], spec: Any, shapes: list[Shape | None]
     ) -> BlockPlan | None:
-        plan: BlockPlan | DealtBlock | None = None
+        plan: BlockPlan | PartitionedBlock | None = None
         error = None
         self.checked += 1
         materialize([leaf for leaf in leaves if _shard_source(leaf) is None])
@@ -246,14 +252,16 @@ class SequenceParallel:
                 plan, error = comm.group.broadcast_object((plan, error and sendable(error)), owner)
         if error is not None:
             raise error
-        if isinstance(plan, DealtBlock):
-            self._dealt[kind, _batches(shapes)] = plan
+        if isinstance(plan, PartitionedBlock):
+            self._partitioned[kind, _batches(shapes)] = plan
             return None
         if plan is not None and not plan.by_values:  # such a block may call attention once for each sample
             self._plans.setdefault(kind, []).append((plan, plan.candidate.pattern(shapes)))
         return plan
 
-    def _try(self, index: int, call: Callable[..., Any], leaves: list[Any], spec: Any) -> BlockPlan | DealtBlock | None:
+    def _try(
+        self, index: int, call: Callable[..., Any], leaves: list[Any], spec: Any
+    ) -> BlockPlan | PartitionedBlock | None:
         """Find the plan of a block call by trial, from the same state and random numbers in each."""
         name, block = self.blocks[index]
         kept = state_of(block)
@@ -270,13 +278,13 @@ class SequenceParallel:
             try:
                 plan = trial(find_plan, self._title(index), self.attention, run, leaves, spec)
             except NoShardingFound as refused:
-                if not refused.deals:
+                if not refused.may_partition:
                     raise
                 small = share_of_list(name, self.blocks) < SMALL
-                if not (small or self.deals or self.stages is not None):
+                if not (small or self.may_partition or self.stages is not None):
                     raise
                 intercept(block)
-                plan = trial(find_dealt, self.attention, block, run, leaves, spec)
+                plan = trial(find_partition, self.attention, block, run, leaves, spec)
                 if plan is None or (plan.share < WORTH and not small):
                     raise
                 if (kind := type(block).__name__) not in self._noted:
@@ -297,13 +305,13 @@ class SequenceParallel:
         return type(self.model).__name__
 
     @property
-    def dealt(self) -> tuple[DealtBlock, ...]:
-        """The kinds of blocks that run on all tokens, their operations dealt."""
-        return tuple(self._dealt.values())
+    def partitioned(self) -> tuple[PartitionedBlock, ...]:
+        """The kinds of blocks that run on all tokens, their operations partitioned."""
+        return tuple(self._partitioned.values())
 
     def forget(self) -> None:
         """Forget all kinds of block calls after a change of the model: each is analysed and checked again."""
-        for known in (self._plans, self._steps, self._dealt, self._rows):
+        for known in (self._plans, self._steps, self._partitioned, self._rows):
             known.clear()
         self._look()
 

@@ -39,9 +39,10 @@ REMEDY = (
 
 
 class NoShardingFound(UnsupportedError):
-    """No way was found to shard a model. deals: whether operations of its block may be dealt to the ranks instead."""
+    """No way was found to shard a model. may_partition: whether operations of its block may be partitioned over the
+    ranks instead."""
 
-    deals = False
+    may_partition = False
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def find_plan(
         f"no way was found to shard the tokens of {name} over {attention.sp.size} ranks (its arguments have the "
         f"shapes {sizes}; {len(found)} ways were tried{why}): {REMEDY}"
     )
-    refused.deals = not any(isinstance(failure, NotInRing) for failure in failures[:1])
+    refused.may_partition = not any(isinstance(failure, NotInRing) for failure in failures[:1])
     raise refused
 
 

@@ -142,7 +142,7 @@ def _numbers(module: nn.Module, structure: Structure, parts: Parts) -> Iterator[
     """Yield the numbers that may have to be set: counts of heads and widths, counts alone, none."""
     counts: Numbers = {}
     widths: Numbers = {}
-    for groups, runs in zip(structure.kinds, structure.dealt(parts), strict=True):
+    for groups, runs in zip(structure.kinds, structure.runs_of_ranks(parts), strict=True):
         _, blocks = groups[0].out[0]
         size = len(blocks) * structure.unit
         for names, unit, found in ((rules.HEAD_COUNTS, 1, counts), (_WIDTHS, size, widths)):

@@ -47,14 +47,14 @@ class Structure:
     kinds: tuple[tuple[Group, ...], ...]
     unit: int
 
-    def dealt(self, parts: Parts) -> list[list[tuple[int, int]]]:
+    def runs_of_ranks(self, parts: Parts) -> list[list[tuple[int, int]]]:
         """Return for each kind the run of groups of each rank: first group, number of groups."""
         return [even_runs(len(groups), parts) for groups in self.kinds]
 
     def segments(self, side: str, parts: Parts) -> dict[str, tuple[Segments, ...]]:
         """Return the channels of each rank by the name of the linear; side: "into" or "out"."""
         found: dict[str, list[list[int]]] = {}
-        for groups, runs in zip(self.kinds, self.dealt(parts), strict=True):
+        for groups, runs in zip(self.kinds, self.runs_of_ranks(parts), strict=True):
             for rank, (start, count) in enumerate(runs):
                 for group in groups[start : start + count]:
                     for name, blocks in getattr(group, side):

@@ -15,38 +15,38 @@ from shardit.core.comm.collectives import Collectives, even_sizes
 from shardit.core.modules.patching import plain_class
 from shardit.parallel.attention.hook import attention_goes_to
 from shardit.parallel.attention.sequence_attention import Call
-from shardit.parallel.sequence.dealt.modules import modules_go_to, only_tensor
+from shardit.parallel.sequence.partitioned.modules import modules_go_to, only_tensor
 
 CHANNELS = -1
-"""Stands for the dimension whose rows are dealt, if a convolution computes its share of the output channels."""
+"""Stands for the dimension whose rows are partitioned, if a convolution computes its share of the output channels."""
 
-DealtRows = Mapping[nn.Module, tuple[int, int]]
-"""The number of dimensions of a module's argument, and that whose rows are dealt."""
+PartitionedRows = Mapping[nn.Module, tuple[int, int]]
+"""The number of dimensions of a module's argument, and that whose rows are partitioned."""
 
 
 @dataclass(frozen=True)
-class DealtBlock:
-    """The operations of a kind of block that are dealt to the ranks.
+class PartitionedBlock:
+    """The operations of a kind of block that are partitioned over the ranks.
 
-    rows: by the path of a module in the block, the number of dimensions of its argument, and that whose rows are dealt
-    (or `CHANNELS`).
-    share: of the multiplications of the block, those that are dealt.
+    rows: by the path of a module in the block, the number of dimensions of its argument, and that whose rows are
+    partitioned (or `CHANNELS`).
+    share: of the multiplications of the block, those that are partitioned.
     """
 
     rows: Mapping[str, tuple[int, int]]
     share: float
 
 
-class DealtRun:
-    """Runs the calls of modules (`modules.Dealer`) and of attention (`hook.Handler`) of one block call."""
+class PartitionedCall:
+    """Runs the calls of modules (`modules.ModuleHandler`) and of attention (`hook.Handler`) of one block call."""
 
-    def __init__(self, comm: Collectives, rows: DealtRows):
+    def __init__(self, comm: Collectives, rows: PartitionedRows):
         self._comm, self._rows, self._inside = comm, rows, False
 
     def module_call(
         self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """See `modules.Dealer`."""
+        """See `modules.ModuleHandler`."""
         rows = None if self._inside else self._rows.get(module)
         found = None if rows is None else only_tensor(args, kwargs)
         if rows is None or found is None:
@@ -135,7 +135,7 @@ class AttentionShare:
 
 
 def attention_share(call: Call, size: int) -> AttentionShare | None:
-    """Return how an attention call is dealt to the ranks, None if every rank computes all of it."""
+    """Return how an attention call is partitioned over the ranks, None if every rank computes all of it."""
     q_heads, k_heads, mask = call.q.shape[2], call.k.shape[2], call.mask  # the mask may be an object of the function
     plain = mask is None or isinstance(mask, torch.Tensor)
     if k_heads >= size and (mask is None or plain or mask.shape[1] == 1):
@@ -152,10 +152,10 @@ def multiplications(call: Call) -> int:
     return batch * queries * heads * call.k.shape[1] * (width + call.v.shape[3])
 
 
-def rows_by_module(block: nn.Module, dealt: DealtBlock) -> DealtRows:
-    """Return the dealt rows by module of a block."""
+def rows_by_module(block: nn.Module, partitioned: PartitionedBlock) -> PartitionedRows:
+    """Return the partitioned rows by module of a block."""
     modules = dict(block.named_modules())
-    return {modules[path]: dims for path, dims in dealt.rows.items()}
+    return {modules[path]: dims for path, dims in partitioned.rows.items()}
 
 
 def splits(tensor: torch.Tensor, dim: int, size: int) -> list[torch.Tensor]:

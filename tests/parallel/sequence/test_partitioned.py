@@ -1,4 +1,4 @@
-"""Blocks whose tokens cannot be split: their operations are dealt to the ranks, or the model is refused."""
+"""Blocks whose tokens cannot be split: their operations are partitioned over the ranks, or the model is refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shardit import DiffusionParallelConfig, UnsupportedError
 from shardit.core.comm.collectives import Collectives
 from shardit.core.runtime.pending import materialize
 from shardit.parallel.attention.sequence_attention import Call
-from shardit.parallel.sequence.dealt.run import CHANNELS, attention_share
+from shardit.parallel.sequence.partitioned.run import CHANNELS, attention_share
 from tests.diffusion.test_parallelize import join
 from tests.support.ranks import run_ranks
 from tests.support.transformers_page import TOKENS, run_sharded
@@ -58,7 +58,7 @@ class Block(nn.Module):
 
 
 class Refiner(nn.Module):
-    """A block of which nothing can be dealt."""
+    """A block of which nothing can be partitioned."""
 
     def __init__(self, width: int = WIDTH):
         super().__init__()
@@ -113,7 +113,7 @@ def agrees(plain: nn.Module, other: nn.Module, count: int) -> bool:
     return distance(expected, got) <= CLOSE
 
 
-def dealt(rank: int, count: int, method: str, way: dict[str, int]) -> set[tuple[str, int]]:
+def partitioned(rank: int, count: int, method: str, way: dict[str, int]) -> set[tuple[str, int]]:
     """The rows that linears and convolutions have seen in a call of 9 tokens."""
     join(rank, count, method)
     make = functools.partial(Model, blocks=[Block(), Block(grid=True), Plain()])
@@ -122,9 +122,9 @@ def dealt(rank: int, count: int, method: str, way: dict[str, int]) -> set[tuple[
     for length in (9, 1, 12):  # one token: fewer than ranks
         assert agrees(plain, other, length)
         assert agrees(plain, other, length)
-    assert len(other.shardit_sequence.dealt) == 2
+    assert len(other.shardit_sequence.partitioned) == 2
     assert len(other.shardit_sequence._plans) == 1
-    rows: dict[str, tuple[int, int]] = next(d.rows for d in other.shardit_sequence.dealt if "wide" in d.rows)
+    rows: dict[str, tuple[int, int]] = next(d.rows for d in other.shardit_sequence.partitioned if "wide" in d.rows)
     assert (rows["inner"], rows["wide"], rows["mlp"], "depthwise" in rows) == ((3, 2), (3, CHANNELS), (3, 1), False)
     for name, part in other.named_modules():
         if isinstance(part, (nn.Linear, nn.Conv1d)):
@@ -145,8 +145,8 @@ def dealt(rank: int, count: int, method: str, way: dict[str, int]) -> set[tuple[
 
 
 @pytest.mark.parametrize("way", WAYS, ids=["ulysses", "ring"])
-def test_operations_are_dealt(way: dict[str, int]) -> None:
-    found = run_ranks(2, dealt, way)
+def test_operations_are_partitioned(way: dict[str, int]) -> None:
+    found = run_ranks(2, partitioned, way)
     for seen, own in zip(found, (5, 4), strict=True):
         rows = {name: {n for other, n in seen if other == name} for name, _ in seen}
         assert rows.pop("blocks.1.depthwise") == {9}  # each output has its neighbours, so every rank computes all
@@ -175,7 +175,7 @@ def lists(rank: int, count: int, method: str, way: dict[str, int]) -> None:
     other = over(Model(refiner=[Refiner(4 * WIDTH)], blocks=[Plain() for _ in range(4)]), way)
     assert agrees(plain, other, 7)
     assert agrees(plain, other, 7)
-    (whole,) = other.shardit_sequence.dealt
+    (whole,) = other.shardit_sequence.partitioned
     assert whole.share == 0
     assert not whole.rows
     assert len(other.shardit_sequence._plans) == 1
@@ -230,7 +230,7 @@ def masked(rank: int, count: int, method: str, way: dict[str, int]) -> None:
             with torch.no_grad():
                 expected, got = plain(tokens(9), mark), other(tokens(9), mark)
             assert distance(expected.nan_to_num(), got.nan_to_num()) <= CLOSE
-        assert bool(other.shardit_sequence.dealt) == parts
+        assert bool(other.shardit_sequence.partitioned) == parts
         assert bool(other.shardit_sequence._plans) != parts
 
 

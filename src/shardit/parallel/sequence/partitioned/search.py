@@ -1,6 +1,6 @@
-"""Finds the operations of a block that can be dealt to ranks, by trial.
+"""Finds the operations of a block that can be partitioned over ranks, by trial.
 
-A module is dealt by rows if it gives the same on each rank's rows as on all of them.
+A module is partitioned by rows if it gives the same on each rank's rows as on all of them.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from shardit.errors import RankError
 from shardit.parallel.attention.block_attention import DONE, FAILED, exchange_state
 from shardit.parallel.attention.sequence_attention import Call, SequenceAttention
 from shardit.parallel.compare import close, disturbed
-from shardit.parallel.sequence.dealt.modules import only_tensor
-from shardit.parallel.sequence.dealt.run import (
+from shardit.parallel.sequence.partitioned.modules import only_tensor
+from shardit.parallel.sequence.partitioned.run import (
     CHANNELS,
-    DealtBlock,
-    DealtRun,
+    PartitionedBlock,
+    PartitionedCall,
     attention_share,
     is_plain_convolution,
     likely_dims,
@@ -42,7 +42,7 @@ LEAST = 0.01
 """Share of a block's multiplications from which on a module is worth a message."""
 
 WORTH = 0.5
-"""Share of a block's multiplications that has to be dealt, or the block is refused, unless its list is small."""
+"""Share of a block's multiplications that has to be partitioned, or the block is refused, unless its list is small."""
 
 SMALL = 0.05
 """Share of the parameters of all blocks up to which a list of blocks is small."""
@@ -80,7 +80,7 @@ class Observer:
     def module_call(
         self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """See `modules.Dealer`."""
+        """See `modules.ModuleHandler`."""
         name, found, before = self._names[module], only_tensor(args, kwargs), self.count.total
         if self._inside or found is None:
             if not self._inside:
@@ -96,7 +96,7 @@ class Observer:
         if dims is not None and name not in self._failed and self.rows.get(name, dims) == dims:
             self.rows[name] = dims
             self.costs[name] = self.costs.get(name, 0) + self.count.total - before
-            self.attention = attention  # what is inside is dealt with it
+            self.attention = attention  # what is inside is partitioned with it
             return out
         self._failed.add(name)
         self.count.total, self.attention = before, attention
@@ -111,12 +111,12 @@ class Observer:
             self.attention += multiplications(call) if attention_share(call, self._size) is not None else 0
         return out
 
-    def found(self) -> DealtBlock:
-        """Return the modules that are worth a message, and the share that is dealt."""
+    def found(self) -> PartitionedBlock:
+        """Return the modules that are worth a message, and the share that is partitioned."""
         total = self.count.total
         kept = [name for name, cost in self.costs.items() if cost >= LEAST * total and name not in self._failed]
-        dealt = sum(self.costs[name] for name in kept) + self.attention
-        return DealtBlock({name: self.rows[name] for name in kept}, dealt / total if total else 0.0)
+        partitioned = sum(self.costs[name] for name in kept) + self.attention
+        return PartitionedBlock({name: self.rows[name] for name in kept}, partitioned / total if total else 0.0)
 
     def _rows(
         self, module: nn.Module, call: Callable[..., Any], leaves: list[Any], spec: Any, place: int, out: Any
@@ -160,11 +160,11 @@ class Observer:
         return call(*args, **kwargs)
 
 
-def find_dealt(
+def find_partition(
     attention: SequenceAttention, block: nn.Module, call: Callable[..., Any], leaves: list[Any], spec: Any
-) -> DealtBlock | None:
-    """Find the operations of a block call with these (whole) argument leaves that are dealt. Collective over "sp".
-    `call`: see `find_plan`. Returns None if the ranks together do not give what the block does."""
+) -> PartitionedBlock | None:
+    """Find the operations of a block call with these (whole) argument leaves that are partitioned. Collective over
+    "sp". `call`: see `find_plan`. Returns None if the ranks together do not give what the block does."""
     leaves, sp = disturbed(leaves), attention.sp
 
     def run(how: Any) -> Any:
@@ -188,14 +188,14 @@ def find_dealt(
     if found is None:
         return None
     try:
-        got, got_left = run(DealtRun(sp, rows_by_module(block, found)))
+        got, got_left = run(PartitionedCall(sp, rows_by_module(block, found)))
         pairs = list(zip(tree_leaves(out), tree_leaves(got), strict=True))
         # What a module keeps of a call on its rows (attention maps) would be a part on each rank.
         right = all(close(a, b) for a, b in [*pairs, *zip(left, got_left, strict=True)])
     except (RankError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception:  # code after a module may need what the gathered rows are not
-        log.debug("%s fails when it is dealt", type(block).__name__, exc_info=True)
+        log.debug("%s fails when it is partitioned", type(block).__name__, exc_info=True)
     gathered = exchange_state(attention, DONE if right else FAILED)
     return found if all(codes[0] == DONE for codes in gathered) else None
 
@@ -207,10 +207,11 @@ def share_of_list(name: str, blocks: Sequence[tuple[str, nn.Module]]) -> float:
     return sum(n for of, n in counts if of == home) / max(1, sum(n for _, n in counts))
 
 
-def describe(dealt: DealtBlock, why: Exception) -> str:
-    """Return a note on a kind of block that is dealt."""
+def describe(partitioned: PartitionedBlock, why: Exception) -> str:
+    """Return a note on a kind of block that is partitioned."""
     reason = str(why).partition(": set ulysses_degree")[0]
     return (
-        f"{reason}. Every rank runs these blocks on all tokens and computes its share of {dealt.share:.0%} of their "
+        f"{reason}. Every rank runs these blocks on all tokens and computes its share of {partitioned.share:.0%} of "
+        f"their "
         "multiplications: that saves time, but no memory for activations"
     )

@@ -1,4 +1,5 @@
-"""Intercepts the modules inside a block: their calls go to the run of the block, which may deal them to ranks."""
+"""Intercepts the modules inside a block: their calls go to the run of the block, which may partition them over
+ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from shardit.core.modules.patching import Subclasses, share_subclass
 Called = Callable[..., Any]
 
 
-class Dealer(Protocol):
+class ModuleHandler(Protocol):
     """Runs the calls of modules inside a block."""
 
     def module_call(self, module: nn.Module, call: Called, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -25,18 +26,18 @@ class Dealer(Protocol):
         ...
 
 
-_dealer: ContextVar[Dealer | None] = ContextVar("shardit_dealer", default=None)
+_handler: ContextVar[ModuleHandler | None] = ContextVar("shardit_module_handler", default=None)
 _derived: Subclasses = {}
 
 
 @contextmanager
-def modules_go_to(dealer: Dealer) -> Iterator[None]:
-    """Send calls of intercepted modules in this context to `dealer`."""
-    token = _dealer.set(dealer)
+def modules_go_to(handler: ModuleHandler) -> Iterator[None]:
+    """Send calls of intercepted modules in this context to `handler`."""
+    token = _handler.set(handler)
     try:
         yield
     finally:
-        _dealer.reset(token)
+        _handler.reset(token)
 
 
 def intercept(block: nn.Module) -> None:
@@ -54,10 +55,10 @@ def has_matrix(module: nn.Module) -> bool:
 
 def _members(own_call: Any) -> dict[str, Any]:
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        dealer = _dealer.get()
-        if dealer is None:
+        handler = _handler.get()
+        if handler is None:
             return own_call(self, *args, **kwargs)
-        return dealer.module_call(self, own_call.__get__(self), args, kwargs)
+        return handler.module_call(self, own_call.__get__(self), args, kwargs)
 
     return {"__call__": __call__}
 

@@ -1,1 +1,0 @@
-"""Blocks that every rank runs on all tokens, since these cannot be split: their operations are dealt to the ranks."""

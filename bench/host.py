@@ -17,7 +17,7 @@ from torch import nn
 import shardit
 from bench.ranks import Ranks
 from shardit.core.runtime.program import Program
-from shardit.core.runtime.request_loop import Schedule, Turns
+from shardit.core.runtime.request_loop import RequestLoop, Schedule
 
 BLOCKS = 40
 CHUNKS = 8
@@ -91,14 +91,14 @@ def forward_us(kind: str, options: dict[str, Any] | None, runs: int) -> float:
 
 def turn_us(count: int = 2000) -> float:
     """Return the CPU time of one turn of a program that only gives up its turns."""
-    turns = Turns(Schedule(0))
+    loop = RequestLoop(Schedule(0))
 
     def program() -> None:
         for _ in range(count):
-            turns.yield_turn()
+            loop.yield_turn()
 
     start = time.thread_time()
-    list(turns.run(iter([Program(program, seed) for seed in (1, 2)]), 2))
+    list(loop.run(iter([Program(program, seed) for seed in (1, 2)]), 2))
     return (time.thread_time() - start) / (2 * count) * 1e6
 
 

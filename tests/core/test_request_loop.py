@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from shardit.core.runtime.pending import Source
 from shardit.core.runtime.program import Program
-from shardit.core.runtime.request_loop import Schedule, Turns
+from shardit.core.runtime.request_loop import RequestLoop, Schedule
 from shardit.errors import RankError
 
 
@@ -35,7 +35,7 @@ class Machine:
     """A request loop and a log of its programs' actions."""
 
     def __init__(self) -> None:
-        self.turns = Turns(Schedule(0))
+        self.loop = RequestLoop(Schedule(0))
         self.log: list[Any] = []
         self.running = 0
         self.most = 0
@@ -44,10 +44,10 @@ class Machine:
         """Return a pending tensor, as a staged transformer does."""
         flight = Call(segments)
         buffer = torch.full((2,), float("nan"))
-        self.turns.schedule.start(flight)
+        self.loop.schedule.start(flight)
 
         def materialize() -> None:
-            self.turns.wait_for(flight)
+            self.loop.wait_for(flight)
             buffer.fill_(value)
 
         return Source(materialize).wrap(buffer)
@@ -71,7 +71,7 @@ class Machine:
         return run
 
     def run(self, programs: list[Program], max_in_flight: int) -> list[Program]:
-        return list(self.turns.run(iter(programs), max_in_flight))
+        return list(self.loop.run(iter(programs), max_in_flight))
 
 
 def test_programs_take_turns() -> None:
@@ -81,8 +81,8 @@ def test_programs_take_turns() -> None:
     assert [p.error for p in programs] == [None, None]
     assert sorted(machine.log) == [(name, step) for name in "ab" for step in range(3)]
     assert machine.log.index(("b", 0)) < machine.log.index(("a", 1))
-    assert machine.turns.schedule.active == []
-    assert machine.turns.current is None
+    assert machine.loop.schedule.active == []
+    assert machine.loop.current is None
 
 
 def test_two_calls_of_a_step_are_in_flight_at_once() -> None:
@@ -94,7 +94,7 @@ def test_two_calls_of_a_step_are_in_flight_at_once() -> None:
 
     (program,) = machine.run([Program(guided, 0)], 1)
     assert program.value == 6
-    assert machine.turns.schedule.most_in_flight == 2
+    assert machine.loop.schedule.most_in_flight == 2
 
 
 @pytest.mark.parametrize("segments", [1, 2, 5])
@@ -121,7 +121,7 @@ def test_programs_are_asked_for_only_when_there_is_room() -> None:
             asked.append(i)
             yield Program(machine.request(str(i), 2), i)
 
-    for ended, _ in enumerate(machine.turns.run(make(), 2), 1):
+    for ended, _ in enumerate(machine.loop.run(make(), 2), 1):
         assert len(asked) <= ended + 2
     assert asked == [0, 1, 2, 3]
 
@@ -184,8 +184,8 @@ def test_an_error_ends_its_program_only() -> None:
     machine.run(programs, 3)
     assert [p.value for p in programs] == [expected[0], None, expected[1]]
     assert [type(p.error) for p in programs] == [type(None), ValueError, type(None)]
-    machine.turns.schedule.drain()
-    assert machine.turns.schedule.active == []
+    machine.loop.schedule.drain()
+    assert machine.loop.schedule.active == []
 
 
 def test_an_error_before_the_first_call_and_a_program_without_calls() -> None:
@@ -211,7 +211,7 @@ def test_errors_that_end_all_programs(error: BaseException) -> None:
     programs = [Program(machine.request(str(i), 3, work), i) for i, work in enumerate([None, fail])]
     with pytest.raises(type(error)):
         machine.run(programs, 2)
-    assert machine.turns.current is None
+    assert machine.loop.current is None
     assert torch.equal(torch.rand(1), expected)
 
 
@@ -269,7 +269,7 @@ def test_outside_of_programs_a_wait_runs_the_schedule() -> None:
     machine = Machine()
     one, two = machine.call(1), machine.call(2, 9)
     assert float(two[0] + one[0]) == 3
-    assert machine.turns.schedule.active == []
+    assert machine.loop.schedule.active == []
 
 
 def test_what_counts_as_out_of_memory() -> None:

@@ -165,7 +165,7 @@ def _lumina_on(rank: int, size: int, method: str, axes: dict[str, int]) -> tuple
 
     programs = [program(i) for i in range(len(CALLS))]
     together = []
-    for ended in stages.runtime.turns.run(iter(programs), 3):
+    for ended in stages.runtime.loop.run(iter(programs), 3):
         if ended.error is not None:
             raise ended.error
         materialize(ended.value)

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from shardit import SamplingParams
 from shardit.core.runtime.program import Program
-from shardit.core.runtime.request_loop import Schedule, Turns
+from shardit.core.runtime.request_loop import RequestLoop, Schedule
 from shardit.core.stages.runtime import Runtime
 from shardit.language.batching.batcher import Batcher
 from shardit.language.batching.scheduler import Limits
@@ -28,15 +28,15 @@ def outputs(batcher: Batcher, rows: Sequence[Row], runtime: Runtime | None = Non
     """Run rows, each as a request, and return their outputs."""
     found: dict[int, GroupOutput] = {}
     batcher.on_end = lambda key, output: found.update({key: output})
-    turns = Turns(Schedule(0)) if runtime is None else runtime.turns
-    batcher.pause = turns.yield_turn
+    loop = RequestLoop(Schedule(0)) if runtime is None else runtime.loop
+    batcher.pause = loop.yield_turn
     for key, row in enumerate(rows):
         batcher.add(key, PromptGroup((row,)), lambda *_: None)
 
     def enter(active: int) -> Program | None:
         return batcher.program()
 
-    for program in turns.rounds(enter, lambda active: active > 0 or batcher.is_open):
+    for program in loop.rounds(enter, lambda active: active > 0 or batcher.is_open):
         batcher.ended(program)
         if program.error is not None:
             raise program.error
@@ -108,7 +108,7 @@ def run_interleaved(runtime: Runtime, functions: Sequence[Callable[[], Any]], se
     """Run functions that call models over these stages, and return their results: while one waits for a message, others
     compute. Raises the first exception of any of them."""
     programs = [Program(function, seed) for function, seed in zip(functions, seeds, strict=True)]
-    for program in runtime.turns.run(iter(programs), len(programs)):
+    for program in runtime.loop.run(iter(programs), len(programs)):
         if program.error is not None:
             raise program.error
     return [program.value for program in programs]

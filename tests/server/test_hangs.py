@@ -13,7 +13,7 @@ import pytest
 
 from shardit.core.comm import group, p2p
 from shardit.core.runtime.program import Interrupted, Program
-from shardit.core.runtime.request_loop import Schedule, Turns
+from shardit.core.runtime.request_loop import RequestLoop, Schedule
 from shardit.engine.process import hangs as hang_detector
 from shardit.engine.process.channel import Channel
 from shardit.engine.process.messages import Cancel, RequestFailed, RequestFinished
@@ -251,7 +251,7 @@ def test_a_cancelled_job_leaves_when_its_calls_in_flight_have_ended() -> None:
     channel = SimpleNamespace(send=lambda left: said.append((left.cancelled, flight.finished)))
     session = SimpleNamespace(
         replica=None,
-        turns=SimpleNamespace(schedule=schedule),
+        loop=SimpleNamespace(schedule=schedule),
         mesh=SimpleNamespace(sizes={"pp": 2}, rank=0),
         model=SimpleNamespace(batcher=None),
         leads=False,
@@ -272,7 +272,7 @@ def test_a_job_cancelled_in_a_step_without_a_pause_begins_no_other(stages: int) 
     """As a first call of a new size is, which takes its step in one turn."""
     ours, theirs = socket.socketpair()
     supervisor, channel = Channel(ours), Channel(theirs)
-    turns, began = Turns(Schedule(0)), list[int]()
+    loop, began = RequestLoop(Schedule(0)), list[int]()
 
     def program(request: Any, report: Any) -> Program:
         def run() -> None:
@@ -287,7 +287,7 @@ def test_a_job_cancelled_in_a_step_without_a_pause_begins_no_other(stages: int) 
 
     session = SimpleNamespace(
         replica=None,
-        turns=turns,
+        loop=loop,
         mesh=SimpleNamespace(sizes={"pp": stages}, rank=0),
         model=SimpleNamespace(batcher=None),
         leads=True,
@@ -297,7 +297,7 @@ def test_a_job_cancelled_in_a_step_without_a_pause_begins_no_other(stages: int) 
     )
     worker = ServingWorker(session, channel)
     worker.requests.add(Taken(7, SimpleNamespace()))
-    for one in turns.rounds(worker.admit, lambda active: active > 0):
+    for one in loop.rounds(worker.admit, lambda active: active > 0):
         worker.finish(one)
         assert isinstance(one.error, Interrupted)
     assert began == [1]

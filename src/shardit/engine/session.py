@@ -13,7 +13,7 @@ from shardit.core.comm.mesh import init_mesh
 from shardit.core.comm.p2p import Comm
 from shardit.core.runtime.program import Program
 from shardit.core.runtime.randomness import states
-from shardit.core.runtime.request_loop import Schedule, Turns
+from shardit.core.runtime.request_loop import RequestLoop, Schedule
 from shardit.engine.process.channel import Channel, Closed
 from shardit.engine.rank.batches import run_batches
 from shardit.engine.rank.serving import ServingWorker
@@ -44,7 +44,7 @@ class Session:
         )
         self.model = task_of(spec).load(spec, self.mesh)
         self.runtime = self.model.runtime
-        self.turns = self.runtime.turns if self.runtime else Turns(Schedule(0))
+        self.loop = self.runtime.loop if self.runtime else RequestLoop(Schedule(0))
         self.info = self.model.info
 
     def serve(self, channel: Channel) -> None:
@@ -53,7 +53,7 @@ class Session:
         if self.spec.of_server:
             take_over(worker.log, worker.current_request)
         try:
-            for program in self.turns.rounds(worker.admit):
+            for program in self.loop.rounds(worker.admit):
                 worker.finish(program)
         except Closed:
             pass
@@ -80,7 +80,7 @@ class Session:
                 programs[program] = position
                 yield program
 
-        for program in self.turns.run(make(), self.spec.max_in_flight):
+        for program in self.loop.run(make(), self.spec.max_in_flight):
             position = programs.pop(program)
             request, error = requests[position], None
             if program.error is not None:
@@ -101,8 +101,8 @@ class Session:
     def _function(self, request: Any, on_progress: OnProgress) -> Callable[[], Any]:
         def run() -> tuple[Any, float, list[str]]:
             start = time.perf_counter()
-            mine = self.turns.current
-            with self.model.opened(request, on_progress, lambda: self.turns.current is mine) as (call, notes):
+            mine = self.loop.current
+            with self.model.opened(request, on_progress, lambda: self.loop.current is mine) as (call, notes):
                 out = call()
             if self.runtime is not None:
                 self.runtime.agreement.refuse_draws()

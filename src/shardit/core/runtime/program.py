@@ -65,7 +65,7 @@ class Program:
     value: Any = None
     error: Exception | None = None
     turns: int = 0
-    breathed: int = 0
+    yielded_at: int = 0
     start: str | None = None
     interrupted: bool = False
     coroutine: Coroutine | None = field(default=None, repr=False)

@@ -72,7 +72,7 @@ class Schedule:
         self.active = [f for f in self.active if f is not flight]
 
 
-class Turns:
+class RequestLoop:
     """Runs programs as coroutines over one schedule. The order of turns depends on nothing but the programs, so it is
     the same on every rank: a program yields when it first needs a result, whether or not the data is already there."""
 
@@ -158,13 +158,13 @@ class Turns:
         program = self.current
         if program is None:
             return
-        if program.turns == program.breathed:
+        if program.turns == program.yielded_at:
             assert program.coroutine is not None
             for _ in range(rounds):
                 program.coroutine.pause()
         if program.interrupted:
             raise Interrupted("the request was interrupted")
-        program.breathed = program.turns
+        program.yielded_at = program.turns
 
     def let_others(self) -> None:
         """Let other programs go on, or one begin. All ranks must call this at the same points of a program, which may

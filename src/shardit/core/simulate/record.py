@@ -1,6 +1,6 @@
 """Records the operations of every rank of a pipeline, without tensors, processes or messages.
 
-The real `Schedule` and `Turns` run once per rank over flights that only record the operations of a `StagedCall`.
+The real `Schedule` and `RequestLoop` run once per rank over flights that only record the operations of a `StagedCall`.
 `replay` runs the records against each other.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from shardit.core.runtime.program import Flight, Program
-from shardit.core.runtime.request_loop import Schedule, Turns
+from shardit.core.runtime.request_loop import RequestLoop, Schedule
 
 
 @dataclass(frozen=True)
@@ -129,22 +129,22 @@ class _Recorder:
         self._calls = 0
 
     def run(self) -> RankLog:
-        turns = Turns(_LoggedSchedule(self.rank, self.log))
-        programs = [Program(lambda: self._request(turns), seed=0) for _ in range(self.load.requests)]
-        for program in turns.run(iter(programs), self.load.max_in_flight):
+        loop = RequestLoop(_LoggedSchedule(self.rank, self.log))
+        programs = [Program(lambda: self._request(loop), seed=0) for _ in range(self.load.requests)]
+        for program in loop.run(iter(programs), self.load.max_in_flight):
             if program.error is not None:
                 raise program.error
         return self.log
 
-    def _request(self, turns: Turns) -> None:
+    def _request(self, loop: RequestLoop) -> None:
         for _ in range(self.load.steps):
             flights = []
             for _ in range(self.load.branches):
                 flights.append(RecordedFlight(self._calls, self))
                 self._calls += 1
-                turns.schedule.start(flights[-1])
+                loop.schedule.start(flights[-1])
             for flight in flights:
-                turns.wait_for(flight)
+                loop.wait_for(flight)
                 flight.take()
 
     def wait(self, op: Op) -> None:
@@ -165,5 +165,5 @@ class _Recorder:
 
 
 def record(load: Workload) -> list[RankLog]:
-    """Record the operations of every rank, from the real schedule and turns."""
+    """Record the operations of every rank, from the real schedule and request loop."""
     return [_Recorder(load, rank).run() for rank in range(load.ranks)]

@@ -93,14 +93,14 @@ class OverlappedCall:
 
     def _run(self) -> None:
         yielding_coroutine.set(self._coroutine)
-        device, program = self._runtime.mesh.device, self._runtime.turns.current
+        device, program = self._runtime.mesh.device, self._runtime.loop.current
         before = torch_states(device, self._generators)
         with torch.no_grad():
             forward, call = self._forward, self._call
             del self._forward, self._call
             leaves, _ = tree_flatten(forward(*call.args, **call.kwargs))
             materialize(leaves)
-            if self._runtime.turns.current is program and any_moved(before, torch_states(device, self._generators)):
+            if self._runtime.loop.current is program and any_moved(before, torch_states(device, self._generators)):
                 raise UnsupportedError(
                     f"{type(self._model).__name__} draws random numbers in some of its calls, several of which are in "
                     "flight together: use Plan(overlap=False)"

@@ -12,7 +12,7 @@ from shardit.core.comm.agreement import Agreement, Caller
 from shardit.core.comm.mesh import Mesh
 from shardit.core.comm.p2p import Comm
 from shardit.core.runtime.program import Flight
-from shardit.core.runtime.request_loop import Schedule, Turns
+from shardit.core.runtime.request_loop import RequestLoop, Schedule
 from shardit.core.stages.guidance import GuidanceScheduler
 from shardit.core.stages.result import Route
 from shardit.errors import InputError
@@ -20,7 +20,7 @@ from shardit.errors import InputError
 
 @dataclass
 class Runtime:
-    """State of one pipeline that its parallel modules share: the mesh, its messages, the schedule and the turns.
+    """State of one pipeline that its parallel modules share: the mesh, its messages, the schedule and the request loop.
 
     comm joins the stages of this rank's chain, `replica` all ranks that work on the same requests, `peers` those of
     them with this rank's slices. has_user_code: whether user code runs between model calls in a pipeline. models: for
@@ -34,7 +34,7 @@ class Runtime:
     route: Route
     guidance: GuidanceScheduler
     schedule: Schedule
-    turns: Turns
+    loop: RequestLoop
     agreement: Agreement
     max_in_flight: int = 1
     split_batch: bool = True
@@ -49,14 +49,14 @@ class Runtime:
         comms = {id(groups): Comm(groups) for groups in (mesh.pipeline, mesh.replica, mesh.peers)}
         comm, replica, peers = (comms[id(groups)] for groups in (mesh.pipeline, mesh.replica, mesh.peers))
         guidance = GuidanceScheduler(mesh.sizes["cfg"], mesh.coords["cfg"], mesh.rank)
-        route, turns = Route.of(mesh, replica), Turns(schedule)
+        route, loop = Route.of(mesh, replica), RequestLoop(schedule)
         alike = Agreement(replica)
-        return Runtime(mesh, comm, replica, peers, route, guidance, schedule, turns, alike, max_in_flight, split_batch)
+        return Runtime(mesh, comm, replica, peers, route, guidance, schedule, loop, alike, max_in_flight, split_batch)
 
     @property
     def program(self) -> object:
         """The caller: the request that has its turn, or one object for all use of the model without requests."""
-        return self.turns.current or self.turns
+        return self.loop.current or self.loop
 
     @contextmanager
     def pipeline_call(self, name: str, arguments: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
@@ -64,7 +64,7 @@ class Runtime:
         request, which the session compares. Raises InputError as `Agreement.call` does."""
         with self.turn():
             self.guidance.begin(self.program)
-            alone = nullcontext() if self.turns.current is not None else self.agreement.call(name, arguments)
+            alone = nullcontext() if self.loop.current is not None else self.agreement.call(name, arguments)
             with alone:
                 yield
 
@@ -79,14 +79,14 @@ class Runtime:
                 "run several requests at once"
             )
         try:
-            yield None if self.turns.current is not None else self.agreement.caller()
+            yield None if self.loop.current is not None else self.agreement.caller()
         finally:
             self._thread.release()
 
     @property
     def in_pipeline(self) -> bool:
         """Whether a pipeline is being called."""
-        return self.turns.current is not None or self.agreement.depth > 0
+        return self.loop.current is not None or self.agreement.depth > 0
 
     @property
     def watches(self) -> bool:
@@ -95,15 +95,15 @@ class Runtime:
 
     def mark_start(self, name: str, arguments: Callable[[], Mapping[str, Any]]) -> None:
         """Compare what the first call of a model in a call of a pipeline is given; later calls are not looked at."""
-        if self.turns.current is not None:
-            self.turns.mark_start(arguments)
+        if self.loop.current is not None:
+            self.loop.mark_start(arguments)
         else:
             self.agreement.mark(name, arguments)
 
     def defer(self, name: str, failure: BaseException | None) -> bool:
         """Note that the model called `name` failed on this rank alone. Return whether the call of the pipeline is one
         that raises it at its end, on all ranks; requests end with their ranks."""
-        if self.turns.current is not None or not isinstance(failure, Exception):
+        if self.loop.current is not None or not isinstance(failure, Exception):
             return False
         return self.agreement.defer(name, failure)
 
@@ -114,7 +114,7 @@ class Runtime:
         for look, _ in watched:
             look()
         self.guidance.waits(self.program)
-        self.turns.wait_for(flight)
+        self.loop.wait_for(flight)
         for _, take in watched:
             take()
 

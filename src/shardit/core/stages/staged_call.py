@@ -70,7 +70,7 @@ class StagedCall:
         self._result.source.wait()
 
     def _materialize(self) -> None:
-        (self._runtime.turns if self._poison else self._runtime).wait_for(self)
+        (self._runtime.loop if self._poison else self._runtime).wait_for(self)
         if self._result_receive is not None:
             self._carried.take(self._result_receive)
 

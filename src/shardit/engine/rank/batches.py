@@ -27,7 +27,7 @@ class Batches:
         self.outcomes, self.batcher = outcomes, batcher
         self._open: dict[int, Taken] = {}
         self._step: list[Progress] = []
-        batcher.on_end, batcher.on_step, batcher.pause = self._ended, self._end_step, session.turns.yield_turn
+        batcher.on_end, batcher.on_step, batcher.pause = self._ended, self._end_step, session.loop.yield_turn
         self._leads = session.leads
         self._tells = session.leads and session.spec.of_server
         self._told: tuple[int, int | None, int, int] = (0, None, 0, 0)
@@ -103,10 +103,10 @@ def run_batches(session: Any, batcher: Batcher, requests: list[Any], on_progress
     def enter(active: int) -> Program | None:
         return batcher.program()
 
-    batcher.on_end, batcher.pause = end, session.turns.yield_turn
+    batcher.on_end, batcher.pause = end, session.loop.yield_turn
     for position in range(session.mesh.coords["dp"], len(requests), session.mesh.sizes["dp"]):
         add(position)
-    for program in session.turns.rounds(enter, lambda active: active > 0 or batcher.is_open):
+    for program in session.loop.rounds(enter, lambda active: active > 0 or batcher.is_open):
         for position in batcher.ended(program):
             assert program.error is not None
             session.agree((position, type(program.error).__name__), f"here: {program.error!r}")

@@ -52,7 +52,7 @@ class Programs:
         taken = self.running.pop(program)
         if isinstance(program.error, Interrupted):
             # Its remaining work in flight may take long and is not to count against later requests.
-            self.session.turns.schedule.drain()
+            self.session.loop.schedule.drain()
             self.outcomes.ended(taken, program.start, None, cancelled=True)
         elif program.error is not None:
             self.outcomes.failed(taken, program.error, program.start)
@@ -68,6 +68,6 @@ class Programs:
             self.outcomes.progress(key, step, total, made)
             if self._can_cancel:  # other requests wait for an answer, and this one may be cancelled
                 # If commands count a round later, a step in one turn (a first call) ends only in the round after.
-                self.session.turns.yield_turn(2 if self._ahead else 1)
+                self.session.loop.yield_turn(2 if self._ahead else 1)
 
         return report

@@ -75,13 +75,13 @@ class ServingWorker:
 
     def report(self, error: Exception) -> None:
         """Before an error ends this rank: name the request that ran out of memory, if it was one alone."""
-        taken = self.requests.of_program(self.session.turns.last)
+        taken = self.requests.of_program(self.session.loop.last)
         if is_out_of_memory(error) and taken is not None:
             self.channel.send(OutOfMemory(taken.key, self.session.model.error_text(taken.request, error)))
 
     def current_request(self) -> dict[str, str]:
         """Return the id of the request whose turn it is, for the log."""
-        taken = self.requests.of_program(self.session.turns.current)
+        taken = self.requests.of_program(self.session.loop.current)
         return {"request_id": taken.request_id} if taken is not None else {}
 
     def _listens(self, active: int) -> bool:

@@ -207,7 +207,7 @@ def _overhead(server: Served, omni: Any, requests: int) -> dict[str, Any]:
                 took = time.monotonic() - begin
                 job = store.get(headers["x-shardit-job"])
                 assert job is not None
-                beyond.append(took - job.facts["seconds"] - saving[-1])
+                beyond.append(took - job.details["seconds"] - saving[-1])
     finally:
         store.close()
     return {"overhead_ms": median(beyond) * 1000, "encoding_ms": median(saving) * 1000}
@@ -270,7 +270,7 @@ def _compute_s(server: Served) -> float:
         with ThreadPoolExecutor(STAGES) as clients:
             answers = clients.map(lambda _: server.connect().good("POST", "/v1/videos/sync", call), range(STAGES))
             jobs = [store.get(headers["x-shardit-job"]) for _, headers in answers]
-        return median(job.facts["seconds"] for job in jobs if job is not None)
+        return median(job.details["seconds"] for job in jobs if job is not None)
     finally:
         store.close()
 

@@ -16,7 +16,7 @@ from shardit import commands, language_commands
 from shardit.diffusion.output.from_file import differences, other_pictures, other_revision, read_record
 from shardit.diffusion.output.output import savable
 from shardit.diffusion.output.target import SUFFIXES, check_path
-from shardit.engine.nodes.node_facts import versions
+from shardit.engine.nodes.node_info import versions
 from shardit.engine.process.exit_code import INTERRUPTED, OK, ended_by, prepare_streams
 from shardit.engine.process.process import is_first_rank
 from shardit.errors import InputError

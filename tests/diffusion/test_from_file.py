@@ -154,8 +154,8 @@ def test_explicit_default_flags_override_a_file(tmp_path):
     assert flags.sampling_params().num_outputs_per_prompt == 1
 
 
-def made_by(**facts):
-    return PipelineSignature("P", (), made_by=facts)
+def made_by(**made_by):
+    return PipelineSignature("P", (), made_by=made_by)
 
 
 def test_another_pipeline_is_noted():

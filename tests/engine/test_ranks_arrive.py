@@ -16,7 +16,7 @@ import pytest
 
 from shardit import LLM
 from shardit.engine.nodes.handshake import GREETING, NONCE, Endpoint, JoinOrder, connect
-from shardit.engine.nodes.node_facts import facts
+from shardit.engine.nodes.node_info import node_info
 from shardit.engine.nodes.rank_port import Arrival, RankPort, check_alike, join_all, listen_for_ranks
 from shardit.engine.nodes.ray_placement import RayPlacement
 from shardit.engine.nodes.revision import revision_of
@@ -41,7 +41,7 @@ def port() -> Iterator[tuple[RankPort, Endpoint]]:
 
 
 def hello(rank: int, **more: Any) -> dict[str, Any]:
-    return {**facts(rank), "role": "rank", "address": "", "port": 1, **more}
+    return {**node_info(rank), "role": "rank", "address": "", "port": 1, **more}
 
 
 # How ranks arrive.
@@ -133,8 +133,8 @@ def test_a_wait_ends_when_the_server_stops():
 
 
 def arrivals(**of_second: Any) -> list[Arrival]:
-    first = {**facts(0, flags={"model": "m"}), "host": "near"}
-    second = {**facts(1, flags={"model": "m"}), "host": "far", **of_second}
+    first = {**node_info(0, flags={"model": "m"}), "host": "near"}
+    second = {**node_info(1, flags={"model": "m"}), "host": "far", **of_second}
     return [Arrival(None, told) for told in (first, second)]  # type: ignore[arg-type]
 
 
@@ -142,8 +142,11 @@ def arrivals(**of_second: Any) -> list[Arrival]:
     ("second", "text"),
     [
         ({"flags": {"model": "n"}}, "rank 1 on far was started with model n, rank 0 on near with m"),
-        ({"versions": {**facts(0)["versions"], "torch": "1.0"}}, "rank 1 on far has torch 1.0, rank 0 on near has"),
-        ({"versions": {**facts(0)["versions"], "shardit sources": "0"}}, "rank 1 on far has shardit sources 0, rank 0"),
+        ({"versions": {**node_info(0)["versions"], "torch": "1.0"}}, "rank 1 on far has torch 1.0, rank 0 on near has"),
+        (
+            {"versions": {**node_info(0)["versions"], "shardit sources": "0"}},
+            "rank 1 on far has shardit sources 0, rank 0",
+        ),
         ({"model": "digest"}, "there is no folder /m for rank 0 on near, but there is one for rank 1 on far"),
     ],
 )
@@ -164,10 +167,10 @@ def test_a_model_that_is_on_one_node_only_or_differs(tmp_path):
     (near / ".cache").mkdir()
     (near / ".cache" / "x").write_text("left by a download")
     assert revision_of(near) == revision_of(far) is not None
-    assert revision_of(tmp_path / "none") is facts(0, "tiny/flux")["model"] is None
+    assert revision_of(tmp_path / "none") is node_info(0, "tiny/flux")["model"] is None
     (far / "vae" / "weights").write_bytes(b"v" * 10)
-    ranks = arrivals(model=facts(1, str(far))["model"])
-    ranks[0].facts["model"] = facts(0, str(near))["model"]
+    ranks = arrivals(model=node_info(1, str(far))["model"])
+    ranks[0].node_info["model"] = node_info(0, str(near))["model"]
     with pytest.raises(InputError, match="has other files for rank 1 on far than for rank 0 on near"):
         check_alike(ranks, "/m")
 

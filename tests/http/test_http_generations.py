@@ -49,10 +49,10 @@ def test_results_of_every_kind(tmp_path: Path) -> None:
         return write_results(Output(prompt="a", seed=1, **made), tmp_path, {})
 
     sound = {"audio": np.zeros((1, 2, 16000), np.float32), "sample_rate": 16000}
-    names, facts = written(frames=[[picture] * 3], **sound, extra={"c2w": np.ones(3), "flags": [False]})
-    assert (names, facts["sample_rate"], facts["num_frames"]) == (["output.mp4"], 16000, 3)
-    assert facts["notes"] == ["not in the file: c2w"]
+    names, details = written(frames=[[picture] * 3], **sound, extra={"c2w": np.ones(3), "flags": [False]})
+    assert (names, details["sample_rate"], details["num_frames"]) == (["output.mp4"], 16000, 3)
+    assert details["notes"] == ["not in the file: c2w"]
     assert written(texts=["a", "b"])[0] == ["output-0.txt", "output-1.txt"]
     assert written(extra={"image_embeds": np.ones((1, 4))})[0] == ["output.safetensors"]
-    names, facts = written(extra={"prediction": np.zeros((1, 16, 32, 1))})
-    assert (names, facts["width"], facts["height"], facts["notes"]) == (["output.png"], 32, 16, [])
+    names, details = written(extra={"prediction": np.zeros((1, 16, 32, 1))})
+    assert (names, details["width"], details["height"], details["notes"]) == (["output.png"], 32, 16, [])

@@ -84,7 +84,7 @@ def test_edit_images(images: Served, several: bool) -> None:
     job = images.store.get(answer.model_dump()["id"])
     assert job is not None
     assert job.inputs == (("input-0.png", "input-1.jpg") if several else ("input-0.png",))
-    assert job.facts["input_sizes"] == ([[40, 30], [20, 10]] if several else [[40, 30]])
+    assert job.details["input_sizes"] == ([[40, 30], [20, 10]] if several else [[40, 30]])
 
 
 def test_a_video_from_creation_to_deletion(videos: Served) -> None:

@@ -56,7 +56,7 @@ def test_good_pictures(images: Served, kind: str) -> None:
     assert status == 200, answer
     job = images.store.get(answer["id"])
     assert job is not None
-    assert job.facts["input_sizes"] == [[40, 30]]
+    assert job.details["input_sizes"] == [[40, 30]]
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,7 @@ def test_several_pictures(visit: Visit, images: Served) -> None:
     visit.loaded("both of them")
     job = images.store.get(visit.card("both of them").get_attribute("data-job") or "")
     assert job is not None
-    assert job.facts["input_sizes"] == [[24, 24], [25, 24]]
+    assert job.details["input_sizes"] == [[24, 24], [25, 24]]
     visit.page.get_by_role("button", name="Remove").click()
     expect(visit.page.locator("#preview")).to_be_hidden()
     visit.card("both of them").get_by_role("button", name="Reuse").click()

@@ -86,7 +86,7 @@ def test_a_job_that_was_sent_ahead_has_not_run(server: Server) -> None:
 def test_memory_for_a_job_that_is_sent_ahead(server: Server) -> None:
     """A finishing job makes room."""
     sizes = {name: {"height": side, "width": side} for name, side in (("small", 64), ("large", 256))}
-    server.jobs.learned.out_of_memory(64 * 64 + 256 * 256 + 1)
+    server.jobs.cost_history.out_of_memory(64 * 64 + 256 * 256 + 1)
     small, large = server.put(**sizes["small"]), server.put(**sizes["large"])
     next_large, next_small = server.put(cost=2.0, **sizes["large"]), server.put(cost=3.0, **sizes["small"])
     assert server.running() == [small, large]
@@ -128,7 +128,7 @@ def test_a_free_slot_comes_before_one_that_will_be_free(server: Server) -> None:
 
 @pytest.mark.parametrize("server", [{"pipeline_parallel_size": 2, "data_parallel_size": 2}], indirect=True)
 def test_a_replica_with_memory_comes_before_one_with_none(server: Server) -> None:
-    server.jobs.learned.out_of_memory(1000 * 1000)
+    server.jobs.cost_history.out_of_memory(1000 * 1000)
     large, *small = [server.put(cost=cost, height=side, width=side) for cost, side in ((1, 995), (2, 140), (3, 140))]
     where = {one.job.id: one.replica for one in server.jobs.running.values()}
     assert where == {large: 0, small[0]: 1, small[1]: 1}
@@ -148,17 +148,17 @@ def test_nothing_begins_before_the_ranks_are_up_or_while_they_fail(server: Serve
 
 
 def test_measured_memory_decides_how_many_run(server: Server) -> None:
-    learned, work = server.jobs.learned, work_of({"height": 8, "width": 8}, SIGNATURE)
-    learned.at_rest([ModelInfo(SIGNATURE, held_bytes=held, limit_bytes=10_000) for held in (100, 50)])
-    learned.completed(work, 1.0, 64, 8_500)  # pixels of one job; two have not been seen
+    cost_history, work = server.jobs.cost_history, work_of({"height": 8, "width": 8}, SIGNATURE)
+    cost_history.at_rest([ModelInfo(SIGNATURE, held_bytes=held, limit_bytes=10_000) for held in (100, 50)])
+    cost_history.completed(work, 1.0, 64, 8_500)  # pixels of one job; two have not been seen
     ids = [server.put() for _ in range(4)]
     assert server.running() == ids[:1]
     server.complete(ids[0])
     assert server.running() == ids[1:2]
-    learned.completed(work, 1.0, 128, 8_900)
+    cost_history.completed(work, 1.0, 128, 8_900)
     server.jobs.wake()
     assert server.running() == ids[1:3]
-    learned.at_rest([ModelInfo(SIGNATURE, held_bytes=100, limit_bytes=9_000)])
+    cost_history.at_rest([ModelInfo(SIGNATURE, held_bytes=100, limit_bytes=9_000)])
     server.complete(ids[1])
     assert server.running() == ids[2:3]
     server.complete(ids[2])

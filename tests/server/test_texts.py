@@ -104,7 +104,7 @@ def test_tokens_are_passed_on(server: Server) -> None:
     assert tokens(server) == [(7, 8), (None, 9)]
     end(server, job_id)
     assert server.state(job_id) == "completed"
-    assert results_of(server.job(job_id).facts) == [RESULT, RESULT]
+    assert results_of(server.job(job_id).details) == [RESULT, RESULT]
     assert server.log.ends() == [(job_id, "completed")]
 
 

@@ -188,9 +188,9 @@ class FakeSupervisor:
             fps=request.fps,
         )
         names, _ = write_results(output, self.store.files_of(job.id), job.view)
-        facts = {"seconds": 0.1, "notes": ["it was rounded"] if "note" in prompt else []}
-        facts |= {"width": size[0], "height": size[1], "input_sizes": [list(item.size) for item in request.images]}
-        self.store.finish(job.id, "completed", files=names, facts=facts)
+        details = {"seconds": 0.1, "notes": ["it was rounded"] if "note" in prompt else []}
+        details |= {"width": size[0], "height": size[1], "input_sizes": [list(item.size) for item in request.images]}
+        self.store.finish(job.id, "completed", files=names, details=details)
 
 
 class Served:

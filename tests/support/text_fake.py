@@ -74,7 +74,7 @@ def run_text(supervisor: FakeSupervisor, job: Job, wait_s: Any) -> None:
             supervisor.store.finish(job.id, "failed", error={"code": "ranks_died", "message": "a rank died"})
             return
     wait_s(_LOOK_S)
-    supervisor.store.finish(job.id, "completed", facts=stored_results(GroupOutput(results)))
+    supervisor.store.finish(job.id, "completed", details=stored_results(GroupOutput(results)))
 
 
 def ask(served: Served, path: str = "chat/completions", **body: Any) -> tuple[int, Any]:

@@ -71,18 +71,18 @@ def work_of(request: Mapping[str, Any], takes: PipelineSignature) -> Work:
     )
 
 
-def seconds(work: Work, learned: float | None) -> float:
-    """Return the expected seconds of a request; `learned`: the value of `SPEED` in the store."""
-    return work.amount * (learned or _SECONDS_PER_WORK)
+def seconds(work: Work, speed: float | None) -> float:
+    """Return the expected seconds of a request; `speed`: the value of `SPEED` in the store."""
+    return work.amount * (speed or _SECONDS_PER_WORK)
 
 
-def learn_speed(learned: float | None, work: Work, seconds: float) -> float | None:
+def learn_speed(speed: float | None, work: Work, seconds: float) -> float | None:
     """Return the new value for `SPEED` after a request took `seconds` of the ranks' time."""
     if not (seconds > 0 and math.isfinite(seconds) and work.amount > 0):
-        return learned
+        return speed
     seen = seconds / work.amount
     # On a logarithmic scale: one slow first request must not outweigh many.
-    return seen if not learned else math.exp(math.log(learned) + _LEARNING_RATE * (math.log(seen) - math.log(learned)))
+    return seen if not speed else math.exp(math.log(speed) + _LEARNING_RATE * (math.log(seen) - math.log(speed)))
 
 
 @dataclass(frozen=True)

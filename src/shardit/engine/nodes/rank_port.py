@@ -26,15 +26,15 @@ Place = tuple[int, str]
 
 @dataclass(frozen=True)
 class Arrival:
-    """A connection of a rank, and its facts (`engine/nodes/node_facts.py`)."""
+    """A connection of a rank, and its properties (`engine/nodes/node_info.py`)."""
 
     channel: Channel
-    facts: dict[str, Any]
+    node_info: dict[str, Any]
 
     @property
     def name(self) -> str:
         """The rank and its host, for messages."""
-        return f"rank {self.facts['rank']} on {self.facts['host']}"
+        return f"rank {self.node_info['rank']} on {self.node_info['host']}"
 
 
 class RankPort:
@@ -105,14 +105,14 @@ class RankPort:
 
     def _admit(self, sock: socket.socket) -> None:
         try:
-            facts = admit(sock, self.token)
-            place = (int(facts["rank"]), str(facts["role"]))
+            node_info = admit(sock, self.token)
+            place = (int(node_info["rank"]), str(node_info["role"]))
             with self._change:
                 if place not in self._missing or self._closed:
                     raise ValueError(f"{place} is not expected")
                 welcome(sock)
                 self._missing.remove(place)
-                self._arrived[place] = Arrival(Channel(sock), facts)
+                self._arrived[place] = Arrival(Channel(sock), node_info)
                 self._change.notify_all()
         except (OSError, ValueError, KeyError, TypeError):
             self.refused += 1
@@ -124,13 +124,13 @@ class RankPort:
 def join_all(ranks: Sequence[Arrival], spec: SessionSpec) -> list[Channel]:
     """Start loading on ranks whose nodes match; returns their channels. Raises InputError, RankError."""
     check_alike(ranks, spec.model)
-    first = ranks[0].facts
+    first = ranks[0].node_info
     order = JoinOrder(spec, first["address"], first["port"])
     for arrival in ranks:
         try:
             arrival.channel.send(order)
         except (Closed, OSError):
-            raise RankError(arrival.facts["rank"], f"{arrival.name} has left before the start") from None
+            raise RankError(arrival.node_info["rank"], f"{arrival.name} has left before the start") from None
     return [arrival.channel for arrival in ranks]
 
 
@@ -138,28 +138,28 @@ def check_alike(ranks: Sequence[Arrival], model: str) -> None:
     """Raise InputError if ranks were started differently, or their nodes have different packages or model files."""
     first = ranks[0]
     for other in ranks[1:]:
-        for flag in sorted({*first.facts["flags"], *other.facts["flags"]}):
-            value, theirs = (arrival.facts["flags"].get(flag) for arrival in (first, other))
+        for flag in sorted({*first.node_info["flags"], *other.node_info["flags"]}):
+            value, theirs = (arrival.node_info["flags"].get(flag) for arrival in (first, other))
             if theirs != value:
                 raise InputError(
                     f"{other.name} was started with {flag} {theirs}, {first.name} with {value}; "
                     "use the same command on every node"
                 )
-        for package, version in first.facts["versions"].items():
-            theirs = other.facts["versions"].get(package, "none")
+        for package, version in first.node_info["versions"].items():
+            theirs = other.node_info["versions"].get(package, "none")
             if theirs != version:
                 raise InputError(
                     f"{other.name} has {package} {theirs}, {first.name} has {version}; install the same on every node"
                 )
-    having = [arrival for arrival in ranks if arrival.facts["model"] is not None]
-    lacking = [arrival for arrival in ranks if arrival.facts["model"] is None]
+    having = [arrival for arrival in ranks if arrival.node_info["model"] is not None]
+    lacking = [arrival for arrival in ranks if arrival.node_info["model"] is None]
     if having and lacking:
         raise InputError(
             f"there is no folder {model} for {lacking[0].name}, but there is one for {having[0].name}; "
             "copy the model to every node, or put it where all nodes find it"
         )
     for other in having:
-        if other.facts["model"] != having[0].facts["model"]:
+        if other.node_info["model"] != having[0].node_info["model"]:
             raise InputError(
                 f"the folder {model} has other files for {other.name} than for {having[0].name}; "
                 "copy the model again, the same to every node"

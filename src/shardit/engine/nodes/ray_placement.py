@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shardit.engine.nodes.handshake import Endpoint
-from shardit.engine.nodes.node_facts import settings
+from shardit.engine.nodes.node_info import settings
 from shardit.engine.nodes.rank_port import RankPort, join_all, listen_for_ranks
 from shardit.engine.nodes.ray_connection import RayConnection, one_line
 from shardit.engine.nodes.ray_rank import RayRank

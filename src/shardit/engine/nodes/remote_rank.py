@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from shardit.engine.nodes.handshake import Endpoint, JoinOrder, connect
-from shardit.engine.nodes.node_facts import facts
+from shardit.engine.nodes.node_info import node_info
 from shardit.engine.process.channel import Channel, Closed
 from shardit.engine.rank.worker import main
 
@@ -21,9 +21,9 @@ class RemoteRank:
 
     def __init__(self, rank: int, model: str, flags: Mapping[str, Any] | None = None, address: str = ""):
         """address: of this machine, for the other ranks if their rendezvous is here; "" if the supervisor is on the
-        machine of rank 0. See `facts` for the rest."""
+        machine of rank 0. See `node_info` for the rest."""
         self.rank = rank
-        self._hello = {**facts(rank, model, flags), "role": "rank", "address": address}
+        self._hello = {**node_info(rank, model, flags), "role": "rank", "address": address}
         self._rendezvous: socket.socket | None = None
         self._channel: Channel | None = None
         self._host = ""

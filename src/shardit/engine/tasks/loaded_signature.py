@@ -12,7 +12,7 @@ from shardit.diffusion.loading.diffusers_source import refused_above, refused_wi
 from shardit.diffusion.loading.required_packages import missing
 from shardit.diffusion.request.pipeline_signature import PipelineSignature, has_adapter, signature_of
 from shardit.diffusion.request.size_multiples import least_sides, size_multiples
-from shardit.engine.nodes.node_facts import versions
+from shardit.engine.nodes.node_info import versions
 from shardit.engine.nodes.revision import model_revision, revision_of
 from shardit.loading.hub import cached
 from shardit.settings.model_options import ModelOptions, recorded

@@ -36,7 +36,7 @@ class BlockAttention:
     sharded: list[tuple[bool, bool]]
     layouts: list[Layout] | None = None
     dataflow: Dataflow | None = None
-    learned: list[Layout] = field(default_factory=list)
+    new_layouts: list[Layout] = field(default_factory=list)
     by_values: bool = False
     _calls: int = 0
     _sharded_calls: int = 0
@@ -84,7 +84,7 @@ class BlockAttention:
         layout = _layout_of(gathered)
         if layout.valid_tokens and self.dataflow is not None:  # a trial, whose masks have noise
             self._check_valid_tokens(call, layout)
-        self.learned.append(layout)
+        self.new_layouts.append(layout)
         return layout
 
     def _check_valid_tokens(self, call: Call, layout: Layout) -> None:

@@ -22,7 +22,7 @@ from multiprocessing.connection import wait
 from typing import Any
 
 from shardit.engine.nodes.handshake import Endpoint, connect
-from shardit.engine.nodes.node_facts import facts
+from shardit.engine.nodes.node_info import node_info
 from shardit.engine.nodes.rank_port import listen_for_ranks
 from shardit.engine.process.channel import Channel, Closed
 from shardit.engine.process.process import command, die_with_parent
@@ -186,7 +186,7 @@ class Agent:
         assert self.from_rank is not None
         try:
             endpoint = self.from_rank.recv()
-            hello = {**facts(self.rank_env.rank), "role": "agent"}
+            hello = {**node_info(self.rank_env.rank), "role": "agent"}
             self.control_channel, _ = connect(endpoint, hello, CONTROL_S)
         except (Closed, OSError):
             pass  # it has exited; a signal follows

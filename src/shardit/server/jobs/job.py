@@ -73,7 +73,7 @@ class Job:
     """{"code": ..., "message": ...} of a failed job."""
     files: tuple[str, ...] = ()
     """Names of the results in the job's folder, in order."""
-    facts: dict[str, Any] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
     """Measurements and notes: seconds, peak_bytes, notes."""
     bytes: int = 0
     """Size of inputs and results."""

@@ -52,6 +52,6 @@ def job_of(row: sqlite3.Row) -> Job:
         cancel_requested=bool(row["cancel_requested"]),
         error=None if row["error"] is None else json.loads(row["error"]),
         files=tuple(json.loads(row["files"])),
-        facts=json.loads(row["facts"]),
+        details=json.loads(row["facts"]),
         bytes=row["bytes"],
     )

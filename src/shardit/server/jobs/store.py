@@ -102,7 +102,7 @@ class Store:
         *,
         error: dict[str, Any] | None = None,
         files: Sequence[str] = (),
-        facts: dict[str, Any] | None = None,
+        details: dict[str, Any] | None = None,
         durable: bool = True,
     ) -> bool:
         """Set the final state of a job; returns False if it has ended already. Its files must be in their folder by
@@ -117,7 +117,7 @@ class Store:
                 self._clock(),
                 None if error is None else json.dumps(error),
                 json.dumps(list(files)),
-                json.dumps(facts or {}),
+                json.dumps(details or {}),
                 size,
                 job_id,
             )

@@ -48,23 +48,23 @@ def group_of(request: Mapping[str, Any]) -> PromptGroup:
 
 
 def stored_results(output: GroupOutput) -> dict[str, Any]:
-    """Return the facts of a finished job."""
+    """Return the details of a finished job."""
     found = {"rows": [list(row) for row in output.rows], "seconds": output.seconds}
     return {**found, "prompt_logprobs": list(output.prompt_logprobs)} if any(output.prompt_logprobs) else found
 
 
-def results_of(facts: Mapping[str, Any]) -> list[RowResult]:
-    """Return the results of the rows from the facts of a finished job."""
+def results_of(details: Mapping[str, Any]) -> list[RowResult]:
+    """Return the results of the rows from the details of a finished job."""
     return [
         (tuple(tokens), reason, stop, None if logprobs is None else [_by_number(one) for one in logprobs])
-        for tokens, reason, stop, logprobs in facts["rows"]
+        for tokens, reason, stop, logprobs in details["rows"]
     ]
 
 
-def prompt_logprobs_of(facts: Mapping[str, Any]) -> list[list[dict[int, float]] | None]:
+def prompt_logprobs_of(details: Mapping[str, Any]) -> list[list[dict[int, float]] | None]:
     """Return for each row the log probabilities of the tokens of its prompt from the second on, None if there are
     none."""
-    found = facts.get("prompt_logprobs") or [None] * len(facts["rows"])
+    found = details.get("prompt_logprobs") or [None] * len(details["rows"])
     return [None if values is None else [_by_number(one) for one in values] for values in found]
 
 

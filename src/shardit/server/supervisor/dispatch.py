@@ -61,7 +61,7 @@ class Dispatcher:
         self.options, self.store, self.rank_group, self.loop = options, store, rank_group, loop
         self.notify, self.log, self.metrics = notify, log, metrics
         self.slots = 1
-        self.learned = CostHistory(store, options)
+        self.cost_history = CostHistory(store, options)
         self.kind: PipelineJobs | TextJobs | None = None
         self.running: dict[int, Running] = {}
         self.ends = JobFinisher(store, loop, writers, notify, log, metrics)
@@ -88,7 +88,7 @@ class Dispatcher:
         self.kind = jobs_of_model(infos[0], self.prefetcher, self.texts)
         self.hang_detector.reset()
         self.silence_limit.cold = True
-        self.learned.at_rest(infos)
+        self.cost_history.at_rest(infos)
         self.fill()
 
     def fill(self) -> None:
@@ -124,7 +124,7 @@ class Dispatcher:
         elif isinstance(message, OutOfMemory):
             running.used_up_memory = True
             if not isinstance(running.request, PromptGroup):
-                self.learned.out_of_memory(self._together_now(running.replica))
+                self.cost_history.out_of_memory(self._together_now(running.replica))
             if running.jobs_at_start == len(self._in_flight(running.replica)) == 1:
                 self.running.pop(message.key)
                 text = self._too_large(running, message.reason)
@@ -170,7 +170,7 @@ class Dispatcher:
         """Find unreported problems: hanging ranks, lost messages, a disk with free space again. To be called a few
         times per second."""
         with self.ends.tolerant():
-            self.learned.save()
+            self.cost_history.save()
         self.ends.write_again()
         self.find_lost()
         self.wake()
@@ -248,7 +248,7 @@ class Dispatcher:
         gone = sorted(running.work.size for running in here if running.leaving)[:ends]
         others = sum(running.work.size for running in here) - sum(gone)
         try:
-            return others == 0 or self.learned.fits(others + self._work(job).size)
+            return others == 0 or self.cost_history.fits(others + self._work(job).size)
         except (ValueError, TypeError):
             return True  # `_begin` will report the error
 
@@ -327,7 +327,7 @@ class Dispatcher:
         elif error is not None:
             self.ends.end(running.job, "failed", error=failure("generation_failed", error))
         elif isinstance(output, GroupOutput):
-            self.ends.end(running.job, "completed", facts=stored_results(output))
+            self.ends.end(running.job, "completed", details=stored_results(output))
             self.metrics.preemptions.inc(output.preemptions)
             self.silence_limit.completed(running.size)
         else:
@@ -335,7 +335,7 @@ class Dispatcher:
             self.ends.write(running.job, output, peaks, then=self.fill)
             self.silence_limit.completed(running.size)
             self.metrics.phases(running)
-            self.learned.completed(running.work, time.monotonic() - running.begun, together, max(peaks.values()))
+            self.cost_history.completed(running.work, time.monotonic() - running.begun, together, max(peaks.values()))
 
     def _too_large(self, running: Running, reason: str) -> str:
         if isinstance(running.request, PromptGroup):

@@ -55,8 +55,8 @@ class JobFinisher:
         elif error is not None:
             self.end(job, "failed", error=failure("storage", f"{type(error).__name__}: {error}"))
         else:
-            files, facts = done.result()
-            self.end(job, "completed", files=files, facts={**facts, "peak_bytes": peaks})
+            files, details = done.result()
+            self.end(job, "completed", files=files, details={**details, "peak_bytes": peaks})
         then()
 
     def end(self, job: Job, state: State, **more: Any) -> None:
@@ -67,19 +67,19 @@ class JobFinisher:
             now = self._store.get(job.id)
             cancelled = now is None or now.cancel_requested
             end: State = "cancelled" if cancelled else state
-            facts: dict[str, Any] = {} if cancelled else more
+            values: dict[str, Any] = {} if cancelled else more
             try:
-                ended = self._store.finish(job.id, end, durable=job.kind != "text", **facts)
+                ended = self._store.finish(job.id, end, durable=job.kind != "text", **values)
             except FileNotFoundError as error:  # the results were removed meanwhile
-                end, facts = "failed", {"error": failure("storage", str(error))}
-                ended = self._store.finish(job.id, end, **facts)
+                end, values = "failed", {"error": failure("storage", str(error))}
+                ended = self._store.finish(job.id, end, **values)
             self._notify(Changed(job.id))
             if end != "completed":
                 for name in more.get("files", ()):
                     (self._store.files_of(job.id) / name).unlink(missing_ok=True)
             if ended:
                 self._metrics.ended(job, end)
-                error = {name: value for name, value in facts.items() if name == "error"}
+                error = {name: value for name, value in values.items() if name == "error"}
                 self._log.info("job_ended", request_id=job.id, state=end, **error)
 
         self.safely(write)

@@ -14,7 +14,7 @@ SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 
 
 def write_results(output: Output, folder: Path, look: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
-    """Write the main content of the output into a folder; returns the names of the files, and facts to store with the
+    """Write the main content of the output into a folder; returns the names of the files, and details to store with the
     job. `look` may have "output_format" (png by default) and "output_compression" (quality from 0 to 100) of pictures.
 
     Files appear complete or not at all. Raises InputError if they cannot be written (disk full, read-only).
@@ -25,12 +25,12 @@ def write_results(output: Output, folder: Path, look: Mapping[str, Any]) -> tupl
     target = folder / f"output{suffix}"
     written = output.save(target, quality=look.get("output_compression"))
     notes = [*output.notes, *lost, *(f"not in the file: {name}" for name in output.left_out(target))]
-    facts: dict[str, Any] = {"seconds": output.seconds, "notes": notes}
+    details: dict[str, Any] = {"seconds": output.seconds, "notes": notes}
     pictures = output.frames[0] if output.frames else output.pictures()
     if pictures:
-        facts.update(width=pictures[0].width, height=pictures[0].height)
+        details.update(width=pictures[0].width, height=pictures[0].height)
     if output.audio is not None:
-        facts["sample_rate"] = output.sample_rate
+        details["sample_rate"] = output.sample_rate
     if output.frames:
-        facts.update(num_frames=len(output.frames[0]), fps=output.fps)
-    return [path.name for path in written], facts
+        details.update(num_frames=len(output.frames[0]), fps=output.fps)
+    return [path.name for path in written], details

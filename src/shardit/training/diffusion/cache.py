@@ -19,7 +19,7 @@ from shardit.settings.environment import PROGRESS, switch
 from shardit.training.data.media import file_digest
 
 FORMAT = 1
-"""Changes when an entry of the same facts would have other contents."""
+"""Changes when an entry of the same origin would have other contents."""
 
 _LINES = 10
 """Lines of progress if standard error is no terminal, about."""
@@ -37,10 +37,10 @@ class Entry:
     @property
     def key(self) -> str:
         """The name of the file: a digest of what it is made of."""
-        return hashlib.sha256(self.facts.encode()).hexdigest()[:32]
+        return hashlib.sha256(self.origin.encode()).hexdigest()[:32]
 
     @property
-    def facts(self) -> str:
+    def origin(self) -> str:
         """Inputs of the entry, as JSON."""
         return json.dumps({"format": FORMAT, "kind": self.kind, **self.made_of}, sort_keys=True, default=str)
 
@@ -62,7 +62,7 @@ class Cache:
         path = self.path(entry)
         try:
             with safe_open(str(path), "pt") as file:
-                if (file.metadata() or {}).get("made_of") != entry.facts:
+                if (file.metadata() or {}).get("made_of") != entry.origin:
                     raise InputError(f"{path} is an entry of something else: delete it, and it is made again")
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
@@ -83,7 +83,7 @@ class Cache:
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({name: one.contiguous() for name, one in tensors.items()}, partial, {"made_of": entry.facts})
+            save_file({name: one.contiguous() for name, one in tensors.items()}, partial, {"made_of": entry.origin})
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
             partial.replace(path)

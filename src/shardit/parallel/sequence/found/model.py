@@ -153,7 +153,7 @@ class SequenceParallel:
                 return call()
         out = self._in_step(index, run, call)
         if not step.plan.by_values:
-            step.layouts = run.learned
+            step.layouts = run.new_layouts
         return out
 
     def _in_step(self, index: int, run: BlockAttention, call: Callable[[], Any]) -> Any:

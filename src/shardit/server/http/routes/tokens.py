@@ -11,7 +11,7 @@ from shardit.server.http.schema.errors import ApiError, answers
 from shardit.server.http.schema.openapi import body
 from shardit.server.http.state.context import Context
 from shardit.server.http.texts.prompts import chat_prompt
-from shardit.server.http.texts.submit import facts, read_fields, texts_of
+from shardit.server.http.texts.submit import language_info, read_fields, texts_of
 
 _POST = answers(400, 401, 403, 404, 408, 413, 415, 503)
 
@@ -40,7 +40,7 @@ def token_routes(context: Context) -> APIRouter:
         values = await read_fields(request, context, context.text_fields.tokenize)
         if ("prompt" in values) == ("messages" in values):
             raise ApiError(400, "give either prompt or messages", code="invalid_value", param="prompt")
-        info, texts = await facts(context), texts_of(context)
+        info, texts = await language_info(context), texts_of(context)
         tokenizer = await texts.tokenizer()
         if "messages" in values:
             tokens = await texts.run(chat_prompt, tokenizer, values)
@@ -54,7 +54,7 @@ def token_routes(context: Context) -> APIRouter:
     async def detokenize(request: Request) -> Any:
         """The text of tokens, with special tokens."""
         values = await read_fields(request, context, context.text_fields.detokenize)
-        info, texts = await facts(context), texts_of(context)
+        info, texts = await language_info(context), texts_of(context)
         if wrong := [one for one in values["tokens"] if not 0 <= one < info.vocabulary]:
             text = f"tokens must be from 0 to {info.vocabulary - 1}, got {wrong[0]}"
             raise ApiError(400, text, code="invalid_value", param="tokens")

@@ -158,12 +158,12 @@ def view(
     if job.kind == "generation":
         base = f"{base_url}/v1/generations/{job.id}/content"
         files = [FileLink(url=f"{base}/{index}", name=name) for index, name in enumerate(job.files)]
-        return GenerationJob(**common, sample_rate=job.facts.get("sample_rate"), data=files or None)
+        return GenerationJob(**common, sample_rate=job.details.get("sample_rate"), data=files or None)
     return VideoJob(
         **common,
         seconds=_seconds_of(job) or "auto",
         fps=shown.get("fps"),
-        num_frames=job.facts.get("num_frames") or job.request.get("num_frames"),
+        num_frames=job.details.get("num_frames") or job.request.get("num_frames"),
     )
 
 
@@ -194,17 +194,17 @@ def _progress(job: Job, step: Step | None) -> int:
 
 def notes_of(job: Job) -> list[str]:
     """Return the differences from the request, once the job has ended."""
-    return [str(note) for note in job.facts.get("notes", ())]
+    return [str(note) for note in job.details.get("notes", ())]
 
 
 def size_of(job: Job) -> str | None:
     """Return the size of its results, or the requested size while there are none; None if the pipeline decides."""
-    made = [job.facts.get(name) for name in ("width", "height")]  # pipelines round sizes
+    made = [job.details.get(name) for name in ("width", "height")]  # pipelines round sizes
     return f"{made[0]}x{made[1]}" if all(made) else job.view.get("size")
 
 
 def _seconds_of(job: Job) -> str | None:
-    frames, fps = (job.facts.get(name) for name in ("num_frames", "fps"))  # they round lengths, too
+    frames, fps = (job.details.get(name) for name in ("num_frames", "fps"))  # they round lengths, too
     return length(frames, fps) if frames and fps else job.view.get("seconds")
 
 

@@ -27,11 +27,11 @@ _OF_TUPLES = ("forms", "missing")
 def remember(store: Store, model: str, info: Info) -> None:
     """Store the facts about `model`."""
     if isinstance(info, LanguageInfo):
-        facts: dict[str, Any] = {"language": {name: getattr(info, name) for name in _OF_LANGUAGE}}
+        stored: dict[str, Any] = {"language": {name: getattr(info, name) for name in _OF_LANGUAGE}}
     else:
         signatures = [dataclasses.asdict(signature) for signature in info.signatures]
-        facts = {"notes": info.notes, "signatures": signatures}
-    store.remember(_NAME, {"model": model, **facts})
+        stored = {"notes": info.notes, "signatures": signatures}
+    store.remember(_NAME, {"model": model, **stored})
 
 
 def recall(store: Store, model: str) -> Info | None:

@@ -57,7 +57,7 @@ class TextJob:
         assert self._job is not None
         job = await until_ended(self._request, self._context, self._job)
         check_completed(job)
-        return results_of(job.facts), prompt_logprobs_of(job.facts)
+        return results_of(job.details), prompt_logprobs_of(job.details)
 
     async def chunks(self) -> AsyncIterator[list[CompletionChunk]]:
         """Yield pieces of the texts as they come, then the last ones; an empty list now and then while nothing comes.
@@ -78,7 +78,7 @@ class TextJob:
         if found := self._read(self._watch.taken()):
             yield found
         check_completed(job)
-        self.finished = results_of(job.facts)
+        self.finished = results_of(job.details)
         yield await self.run(self._pieces.rest, self.finished)
 
     def logprobs_of(self, chunk: CompletionChunk) -> tuple[Sequence[int], Sequence[dict[int, float]]]:

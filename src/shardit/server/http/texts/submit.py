@@ -76,7 +76,7 @@ async def read_fields(request: Request, context: Context, model: type[BaseModel]
     return values
 
 
-async def facts(context: Context) -> LanguageInfo:
+async def language_info(context: Context) -> LanguageInfo:
     """Return the facts about the model, once they are known: its files may not state them, so the request waits until
     the ranks have loaded it. Raises ApiError if the server ends before."""
     info = await context.live_state.loaded()
@@ -95,7 +95,7 @@ async def ask_completion(request: Request, context: Context) -> Asked:
     """Read and check a request to continue prompts. Raises ApiError."""
     values = await read_fields(request, context, context.text_fields.completion)
     _check_completion(values)
-    info, logprobs = await facts(context), values.get("logprobs")
+    info, logprobs = await language_info(context), values.get("logprobs")
     params = sampling_of(values, info, logprobs, _COMPLETION_TOKENS)
 
     def read(tokenizer: Any) -> list[list[int]]:
@@ -127,7 +127,7 @@ async def ask_chat(request: Request, context: Context) -> Asked:
     if values.get("top_logprobs") and logprobs is None:
         text = "top_logprobs needs logprobs; set it to true"
         raise ApiError(400, text, code="invalid_value", param="top_logprobs")
-    params = sampling_of(values, await facts(context), logprobs, None)
+    params = sampling_of(values, await language_info(context), logprobs, None)
     return await _asked(request, context, values, params, lambda tokenizer: [chat_prompt(tokenizer, values)], chat=True)
 
 
@@ -143,7 +143,7 @@ async def _asked(
     if values.get("stream_options") and not values.get("stream"):
         text = "stream_options needs stream; set it to true"
         raise ApiError(400, text, code="invalid_value", param="stream_options")
-    texts, info = texts_of(context), await facts(context)
+    texts, info = texts_of(context), await language_info(context)
     tokenizer = await texts.tokenizer()
     prompts = await texts.run(read, tokenizer)
     if len(prompts) * params.n > MOST_TEXTS:

@@ -1,4 +1,4 @@
-"""Facts about a node that must be the same on all nodes, as plain data that a rank sends on arrival."""
+"""Properties of a node that must be the same on all nodes, as plain data that a rank sends on arrival."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ OF_ONE_PROCESS = {
 }
 
 
-def facts(rank: int, model: str = "", flags: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return the facts of this process: its identity, its packages, its files of the model, and its command-line
+def node_info(rank: int, model: str = "", flags: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the properties of this process: its identity, its packages, its files of the model, and its command-line
     flags."""
     return {
         "rank": rank,

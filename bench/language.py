@@ -20,7 +20,7 @@ from bench.language_peers import peer_of
 from shardit import DiffusionParallelConfig, SamplingParams
 from shardit.core.comm.mesh import init_mesh
 from shardit.core.stages.runtime import Runtime
-from shardit.language.request.rows import Row
+from shardit.language.request.rows import PromptRow
 from shardit.language.sharding import lay_out_decoder, shard_decoder
 from tests.language.batched import batcher_of, run
 from tests.support.ranks import run_ranks
@@ -51,12 +51,12 @@ def named(name: str) -> Any:
     return prepared.load(layout, {"pp": 0, "tp": 0}, torch.device("cpu"), Reads())
 
 
-def rows(arguments: argparse.Namespace) -> list[Row]:
+def rows(arguments: argparse.Namespace) -> list[PromptRow]:
     """Return prompts of equal length."""
     generator = torch.Generator().manual_seed(5)
     params = SamplingParams(temperature=0, max_tokens=arguments.tokens, ignore_eos=True)
     ids = torch.randint(10, 2000, (arguments.prompts, arguments.length), generator=generator).tolist()
-    return [Row(tuple(one), params, 0) for one in ids]
+    return [PromptRow(tuple(one), params, 0) for one in ids]
 
 
 def measure(rank: int, count: int, method: str, arguments: argparse.Namespace, axis: str) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def measure(rank: int, count: int, method: str, arguments: argparse.Namespace, a
 
 
 def staged(
-    rank: int, plain: Any, model: Any, runtime: Runtime, todo: list[Row], arguments: argparse.Namespace
+    rank: int, plain: Any, model: Any, runtime: Runtime, todo: list[PromptRow], arguments: argparse.Namespace
 ) -> dict[str, Callable[[], Any]]:
     """Return runs of the batches of `LLM`: on one rank, two copies of it, and over the stages."""
     count = runtime.mesh.pp_size

@@ -33,7 +33,7 @@ from shardit.diffusion.sharding.connect import (
     take_compilers,
 )
 from shardit.diffusion.sharding.decision import describe_blocks, describe_layout
-from shardit.diffusion.sharding.layout import Layout, lay_out, warn_unmet
+from shardit.diffusion.sharding.layout import PipelineLayout, lay_out, warn_unmet
 from shardit.errors import InputError, UnsupportedError
 from shardit.language.loading.source import named_decoder
 from shardit.language.parallel import (
@@ -137,7 +137,7 @@ def _whole(
 ) -> None:
     """Shard the given components of a pipeline, next to those that were sharded earlier."""
 
-    def decide() -> Layout | None:
+    def decide() -> PipelineLayout | None:
         check()
         if not modules:
             return None

@@ -154,7 +154,7 @@ def _app() -> typer.Typer:
     app.command("serve", cls=Once)(_command(commands.serve, ServeFlags))
     app.command("chat", cls=Once)(_command(language_commands.chat, ChatFlags))
     app.command("complete", cls=Once)(_command(language_commands.complete, CompleteFlags))
-    app.command("train", cls=training.Several)(_command(training.train, training.TrainFlags))
+    app.command("train", cls=training.RepeatedFlags)(_command(training.train, training.TrainFlags))
     app.command("inspect", cls=Once)(_command(commands.inspect, InspectFlags))
     app.command("tiny", cls=Once)(commands.tiny)
     return app

@@ -19,7 +19,7 @@ from shardit.core.modules.blocks import find_blocks
 from shardit.core.placement.assignment import assign_blocks
 from shardit.core.placement.partition import (
     MAX_CHUNKS,
-    Placement,
+    ChunkPlacement,
     automatic_chunks,
     balanced_cuts,
     block_cost,
@@ -90,7 +90,7 @@ def test_fewer_blocks_than_parts() -> None:
 
 def test_place_blocks() -> None:
     looped = place_blocks([1.0] * 8, 2, 2)
-    assert looped == Placement((2, 2, 2, 2), 2)
+    assert looped == ChunkPlacement((2, 2, 2, 2), 2)
     assert looped.chunks == 2
     assert looped.owners() == [0, 0, 1, 1, 0, 0, 1, 1]
     assert place_blocks([1.0] * 5, 2, 8).chunks == 2  # too few blocks for more

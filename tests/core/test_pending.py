@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from shardit.core.runtime.pending import PendingTensor, Source, materialize
+from shardit.core.runtime.pending import PendingSource, PendingTensor, materialize
 
 VALUES = torch.arange(24.0).reshape(2, 3, 4)
 
@@ -26,7 +26,7 @@ class Wire:
         self.waits = 0
         self.buffer = torch.full_like(values, float("nan")) if values.is_floating_point() else torch.zeros_like(values)
         self._values = values
-        self.source = Source(self._arrive)
+        self.source = PendingSource(self._arrive)
         self.tensor = self.source.wrap(self.buffer)
 
     def _arrive(self) -> None:
@@ -289,7 +289,7 @@ def test_a_failure_is_raised_and_leaves_nothing_half_filled() -> None:
             raise errors.pop(0)
         buffer.fill_(3)
 
-    source = Source(arrive)
+    source = PendingSource(arrive)
     tensor = source.wrap(buffer)
     view = tensor[1:]
     with pytest.raises(ValueError, match="lost"):
@@ -307,7 +307,7 @@ def test_a_failure_of_the_second_keeps_the_first() -> None:
     def fail() -> None:
         raise ValueError("lost")
 
-    good, bad = Wire(), Source(fail)
+    good, bad = Wire(), PendingSource(fail)
     lost = bad.wrap(torch.zeros(4))
     with pytest.raises(ValueError, match="lost"):
         torch.add(good.tensor, lost)

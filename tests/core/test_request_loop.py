@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardit.core.runtime.pending import Source
+from shardit.core.runtime.pending import PendingSource
 from shardit.core.runtime.program import Program
 from shardit.core.runtime.request_loop import RequestLoop, Schedule
 from shardit.errors import RankError
@@ -50,7 +50,7 @@ class Machine:
             self.loop.wait_for(flight)
             buffer.fill_(value)
 
-        return Source(materialize).wrap(buffer)
+        return PendingSource(materialize).wrap(buffer)
 
     def request(self, name: str, steps: int, work: Callable[[int], Any] | None = None) -> Callable[[], list[Any]]:
         """A program of `steps` steps, each of which uses a pending tensor."""

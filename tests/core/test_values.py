@@ -16,7 +16,7 @@ import shardit
 from shardit import DiffusionParallelConfig
 from shardit.core.runtime.pending import materialize
 from shardit.core.runtime.program import Program
-from shardit.core.stages.stages import Runtime, Stages
+from shardit.core.stages.stages import Runtime, TransformerStages
 from tests.pipelines.entry import entries
 from tests.support.awkward_models import WIDTH, Plain
 from tests.support.ranks import run_ranks
@@ -70,7 +70,7 @@ def _inputs(seed: int, mask: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
     return x, t, torch.tensor([mask])
 
 
-def _calls(model: nn.Module, runtime: Runtime, calls: list[Any], chunks: int) -> tuple[list[bool], Stages]:
+def _calls(model: nn.Module, runtime: Runtime, calls: list[Any], chunks: int) -> tuple[list[bool], TransformerStages]:
     """Whether each call gives the bits of the plain model, two calls in flight at a time."""
     run = (lambda call: model(**call)) if isinstance(calls[0], dict) else (lambda call: model(*call))
     with torch.no_grad():

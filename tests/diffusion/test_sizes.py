@@ -19,7 +19,7 @@ from shardit.errors import InputError
 from shardit.server.http.schema.errors import ApiError
 from shardit.server.http.schema.fields import check_fields, field_models
 from shardit.server.http.submit.resolve import arguments
-from shardit.server.options import Limits, ServeOptions
+from shardit.server.options import RequestLimits, ServeOptions
 from tests.pipelines.entry import entries
 from tests.support import brought
 
@@ -44,7 +44,7 @@ class RoundingPipeline(PickyPipeline):
 
 
 TAKES = dataclasses.replace(signature_of(PickyPipeline), multiples={"height": 64, "width": 8})
-OPTIONS = ServeOptions(model="m", data_dir=Path("data"), limits=Limits(pixels=1000 * 1000))
+OPTIONS = ServeOptions(model="m", data_dir=Path("data"), limits=RequestLimits(pixels=1000 * 1000))
 
 
 def test_multiples_are_found_by_asking():
@@ -148,7 +148,7 @@ def test_a_job_of_another_size(given, param, text):
 
 
 def test_refused_sizes_are_not_suggested():
-    model = field_models(Limits()).image
+    model = field_models(RequestLimits()).image
     for wrong, right in (("num_frame", "num_frames"), ("backgrund", None), ("strenght", None), ("sizes", "size")):
         with pytest.raises(ApiError) as caught:
             check_fields(model, {"prompt": "a", wrong: 1}, ["num_frames", "height"])

@@ -18,7 +18,7 @@ from PIL import Image
 
 from bench.served import children
 from shardit.engine.process.channel import Channel
-from shardit.engine.process.fork_client import ForkServer
+from shardit.engine.process.fork_client import ForkServerClient
 from shardit.engine.process.process import started_by_torchrun, threads_per_rank
 from tests.support.paths import SUPPORT
 
@@ -301,7 +301,7 @@ def test_torchrun_is_recognised_by_its_environment():
 
 def test_a_fork_server_whose_imports_hang_can_be_stopped(monkeypatch):
     monkeypatch.setattr("shardit.engine.process.fork_client.STOP_WAIT_S", 100.0)  # far longer than a busy machine takes
-    fork_server = ForkServer(timeout_s=5)
+    fork_server = ForkServerClient(timeout_s=5)
     os.kill(fork_server.process.pid, signal.SIGSTOP)
     begin = time.monotonic()
     fork_server.stop()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from shardit import DiffusionParallelConfig
-from shardit.diffusion.sharding.layout import Layout, lay_out
+from shardit.diffusion.sharding.layout import PipelineLayout, lay_out
 from shardit.engine.process.messages import SessionSpec
 from shardit.engine.session import Session, check
 from shardit.engine.tasks.task import task_of
@@ -57,9 +57,9 @@ def test_the_check_and_loading_lay_out_alike(name: str, degrees: dict[str, int])
     """Whatever the check before ranks start accepts, loading does not refuse, and each rank holds the same."""
     config = DiffusionParallelConfig(**degrees)
     spec = SessionSpec(f"tiny/{name}", config, device="cpu", max_in_flight=2)
-    found: list[Layout] = []
+    found: list[PipelineLayout] = []
 
-    def noted(*args: Any, **kwargs: Any) -> Layout:
+    def noted(*args: Any, **kwargs: Any) -> PipelineLayout:
         found.append(lay_out(*args, **kwargs))
         return found[-1]
 

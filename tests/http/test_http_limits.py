@@ -10,15 +10,15 @@ import pytest
 from shardit.diffusion.request.model_info import ModelInfo
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from shardit.server import estimate
-from shardit.server.estimate import Seen
+from shardit.server.estimate import MemorySample
 from shardit.server.http.schema.errors import ApiError
 from shardit.server.http.submit.resolve import check_limits, pipeline_names
-from shardit.server.options import Limits
+from shardit.server.options import RequestLimits
 from tests.support.http_calls import NOW, error_of
 from tests.support.http_fake import VIDEO, Served, form, picture, serving
 
 WAN = VIDEO.signature
-SMALL = Limits(pixels=512 * 512, frames=17, steps=10)
+SMALL = RequestLimits(pixels=512 * 512, frames=17, steps=10)
 FITS = {"width": 512, "height": 512, "num_frames": 17, "num_inference_steps": 10}
 FURTHER = PipelineSignature("SomePipeline", ("prompt", "width", "prior_num_inference_steps", "base_num_frames"))
 
@@ -89,7 +89,7 @@ def test_repeated_key_returns_its_job_after_new_measurements(tmp_path: Path) -> 
     with serving(tmp_path) as served:
         status, first, _ = served.call("POST", NOW, body, {**key, "Prefer": "respond-async"})
         assert status == 202
-        too_much = estimate.learn_memory(None, Seen(64 * 64, 0, out_of_memory=True))
+        too_much = estimate.learn_memory(None, MemorySample(64 * 64, 0, out_of_memory=True))
         served.store.remember(estimate.MEMORY, too_much)
         assert "will not fit" in error_of(served, NOW, body, 400)["message"]
         _, again, _ = served.call("POST", NOW, body, {**key, "Prefer": "respond-async"})

@@ -19,14 +19,14 @@ from PIL import Image
 
 from shardit.server.http.schema.errors import ApiError
 from shardit.server.http.submit.image_checks import check_header, check_whole
-from shardit.server.options import Limits
+from shardit.server.options import RequestLimits
 from tests.support.http_calls import edit
 from tests.support.http_fake import IMAGE, WAIT_S, Served, form, picture, serving
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    limits = Limits(pixels=160 * 128)  # what a tiny model makes by itself
+    limits = RequestLimits(pixels=160 * 128)  # what a tiny model makes by itself
     with serving(tmp_path_factory.mktemp("images"), IMAGE, limits=limits, queue_size=100_000) as served:
         yield served
 
@@ -91,16 +91,16 @@ def test_bad_pictures(images: Served, data: bytes) -> None:
 def test_other_formats_of_pillow_are_never_tried() -> None:
     for kind in ("BMP", "TIFF", "GIF", "ICO", "PPM"):
         with pytest.raises(ApiError, match="PNG, JPEG or WebP"):
-            check_header(picture(kind=kind), Limits(), "image")
+            check_header(picture(kind=kind), RequestLimits(), "image")
 
 
 @pytest.mark.parametrize("lossless", [False, True])
 def test_sizes_of_webp_are_read_without_decoding(lossless: bool) -> None:
     into = io.BytesIO()
     Image.new("RGB", (123, 45), "red").save(into, "WEBP", lossless=lossless)
-    assert check_header(into.getvalue(), Limits(pixels=123 * 45), "image") == "webp"
+    assert check_header(into.getvalue(), RequestLimits(pixels=123 * 45), "image") == "webp"
     with pytest.raises(ApiError, match="123x45"):
-        check_header(into.getvalue(), Limits(pixels=123 * 45 - 1), "image")
+        check_header(into.getvalue(), RequestLimits(pixels=123 * 45 - 1), "image")
 
 
 @settings(max_examples=150, deadline=None, database=None, derandomize=True, phases=[Phase.generate])
@@ -112,7 +112,7 @@ def test_damaged_pictures_are_refused_or_good(kind: str, seed: int, count: int) 
     # Nothing but an ApiError may come.
     with contextlib.suppress(ApiError):
         damaged = bytes(data[: draw.randrange(1, len(data) + 1)])
-        check_header(damaged, Limits(pixels=10_000), "image")
+        check_header(damaged, RequestLimits(pixels=10_000), "image")
         check_whole(damaged, "image")
 
 
@@ -120,7 +120,7 @@ def test_pictures_that_pil_takes_for_an_attack_are_too_large():
     into = io.BytesIO()
     Image.new("1", (20_000, 20_000)).save(into, "PNG")
     with pytest.raises(ApiError, match="image has far more pixels than the limit") as refused:
-        check_header(into.getvalue(), Limits(), "image")
+        check_header(into.getvalue(), RequestLimits(), "image")
     assert refused.value.code == "too_large"
 
 

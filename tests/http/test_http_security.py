@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from shardit.server.keys import digest
-from shardit.server.options import Limits
+from shardit.server.options import RequestLimits
 from tests.support.http_calls import NOW, edit
 from tests.support.http_fake import IMAGE, VIDEO, WAIT_S, Served, form, picture, serving
 
@@ -24,7 +24,7 @@ LOCAL = "Host: localhost\r\n"
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    limits = Limits(body_bytes=LIMIT, pixels=160 * 128)  # what a tiny model makes by itself
+    limits = RequestLimits(body_bytes=LIMIT, pixels=160 * 128)  # what a tiny model makes by itself
     with serving(tmp_path_factory.mktemp("images"), IMAGE, limits=limits, queue_size=100_000) as served:
         yield served
 
@@ -32,7 +32,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 @pytest.fixture(scope="module")
 def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     hashes = (digest("alpha"), digest("beta"))
-    limits = Limits(jobs_per_key=2)
+    limits = RequestLimits(jobs_per_key=2)
     folder = tmp_path_factory.mktemp("keyed")
     with serving(folder, VIDEO, api_key_hashes=hashes, limits=limits) as served:
         yield served

@@ -52,10 +52,12 @@ def test_a_full_queue(tmp_path: Path) -> None:
 
 
 def test_open_jobs_of_a_key(tmp_path: Path) -> None:
-    from shardit.server.options import Limits
+    from shardit.server.options import RequestLimits
 
     hashes = tuple(map(digest, ("alpha", "beta")))
-    with served_texts(tmp_path / "data", held=True, api_key_hashes=hashes, limits=Limits(jobs_per_key=1)) as served:
+    with served_texts(
+        tmp_path / "data", held=True, api_key_hashes=hashes, limits=RequestLimits(jobs_per_key=1)
+    ) as served:
         assert error_of(served, "/v1/completions", BODY, 401)["code"] == "invalid_api_key"
         first = opened(served, BODY, "alpha")
         until(served, queued=1)

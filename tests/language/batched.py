@@ -13,18 +13,18 @@ from shardit.core.runtime.program import Program
 from shardit.core.runtime.request_loop import RequestLoop, Schedule
 from shardit.core.stages.runtime import Runtime
 from shardit.language.batching.batcher import Batcher
-from shardit.language.batching.scheduler import Limits
+from shardit.language.batching.scheduler import BatchLimits
 from shardit.language.request.outputs import GroupOutput, RowResult
-from shardit.language.request.rows import PromptGroup, Row
+from shardit.language.request.rows import PromptGroup, PromptRow
 
 
 def batcher_of(model: Any, runtime: Runtime | None = None, **limits: Any) -> Batcher:
     """Return a batcher in whose memory each column of a row takes one byte."""
-    wanted = Limits(**{"rows": 32, "tokens": 512, **limits})
+    wanted = BatchLimits(**{"rows": 32, "tokens": 512, **limits})
     return Batcher(model, runtime, wanted, lambda columns: columns, frozenset(), 0, lambda *_: "")
 
 
-def outputs(batcher: Batcher, rows: Sequence[Row], runtime: Runtime | None = None) -> list[GroupOutput]:
+def outputs(batcher: Batcher, rows: Sequence[PromptRow], runtime: Runtime | None = None) -> list[GroupOutput]:
     """Run rows, each as a request, and return their outputs."""
     found: dict[int, GroupOutput] = {}
     batcher.on_end = lambda key, output: found.update({key: output})
@@ -43,7 +43,7 @@ def outputs(batcher: Batcher, rows: Sequence[Row], runtime: Runtime | None = Non
     return [found[key] for key in range(len(rows))]
 
 
-def run(batcher: Batcher, rows: Sequence[Row], runtime: Runtime | None = None) -> list[RowResult]:
+def run(batcher: Batcher, rows: Sequence[PromptRow], runtime: Runtime | None = None) -> list[RowResult]:
     """Run rows, each as a request, and return their results."""
     return [output.rows[0] for output in outputs(batcher, rows, runtime)]
 
@@ -62,7 +62,7 @@ def reuses(batcher: Batcher) -> list[int]:
 
 
 def continued(
-    model: Any, prompts: Sequence[Row], runtime: Runtime | None = None, **limits: Any
+    model: Any, prompts: Sequence[PromptRow], runtime: Runtime | None = None, **limits: Any
 ) -> list[tuple[int, ...]]:
     """Return the tokens of rows."""
     return [tokens for tokens, *_ in run(batcher_of(model, runtime, **limits), prompts, runtime)]
@@ -72,18 +72,18 @@ WORK = tuple((4 + 7 * number % 23, 3 + 5 * number % 11) for number in range(8))
 """Lengths of prompts and texts."""
 
 
-def prompts_of(vocabulary: int, **changes: Any) -> list[Row]:
+def prompts_of(vocabulary: int, **changes: Any) -> list[PromptRow]:
     """Return prompts of different lengths. changes: of their parameters, which are greedy."""
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length, _ in WORK]
     options = {"temperature": 0.0, **changes}
     return [
-        Row(tuple(prompt), SamplingParams(max_tokens=new, ignore_eos=True, **options), seed)
+        PromptRow(tuple(prompt), SamplingParams(max_tokens=new, ignore_eos=True, **options), seed)
         for seed, (prompt, (_, new)) in enumerate(zip(prompts, WORK, strict=True))
     ]
 
 
-def alone(plain: Any, rows: Sequence[Row]) -> list[tuple[int, ...]]:
+def alone(plain: Any, rows: Sequence[PromptRow]) -> list[tuple[int, ...]]:
     """Return the tokens with which transformers continues each prompt alone."""
     plain.generation_config = GenerationConfig(pad_token_id=0)
     found = []

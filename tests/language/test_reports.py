@@ -31,7 +31,7 @@ from shardit.engine.process.memory import limit_bytes
 from shardit.language.loading.prepared import PreparedDecoder
 from shardit.language.loading.source import decoder_source
 from shardit.language.request.prompts import rows_of
-from shardit.language.request.rows import Row
+from shardit.language.request.rows import PromptRow
 from shardit.language.sharding import lay_out_decoder, shard_decoder
 from shardit.loading.safetensors_file import Reads
 from tests.language import families
@@ -88,7 +88,7 @@ def compare_seeds(runtime: Runtime, plain: Any, model: Any) -> list[bool]:
     for repeat in range(4):
         free = SamplingParams(temperature=0.9, max_tokens=12 + repeat, ignore_eos=True)
         # Ranks get rows whose seeds have been drawn; here each rank would draw its own.
-        others = [Row((9,) * (8 + repeat), free, seed=100 * repeat + copy) for copy in range(2)]
+        others = [PromptRow((9,) * (8 + repeat), free, seed=100 * repeat + copy) for copy in range(2)]
         one, two = (rows_of(number, (5, 6, 7), seeded, LIMIT, None)[0] for number in range(2))
         made = continued(model, [others[0], one, others[1], two], runtime)
         found += [made[1] == expected, made[3] == expected, made[0] != made[2]]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from shardit import DiffusionParallelConfig, UnsupportedError
 from shardit.core.comm.mesh import init_mesh
-from shardit.parallel.attention.sequence_attention import Call, Layout, SequenceAttention
+from shardit.parallel.attention.sequence_attention import AttentionLayout, Call, SequenceAttention
 from shardit.parallel.attention.softmax_merge import _math, merge, partial_attention
 from tests.support.ranks import run_ranks
 
@@ -73,14 +73,14 @@ def one_case(attention: SequenceAttention, rank: int, case: Case) -> float:
         mask = mask.to(case.dtype)
     expected = plain(q, k, v, mask, case.causal).split(case.q_lens, 1)[rank]
     local = q.split(case.q_lens, 1)[rank], *(t.split(case.k_lens, 1)[rank] for t in (k, v))
-    layout = Layout(case.q_lens, case.k_lens)
+    layout = AttentionLayout(case.q_lens, case.k_lens)
     if mask is not None and case.mask == "keys":
-        mask, layout = mask.split(case.k_lens, 3)[rank], Layout(case.q_lens, case.k_lens, mask_columns=True)
+        mask, layout = mask.split(case.k_lens, 3)[rank], AttentionLayout(case.q_lens, case.k_lens, mask_columns=True)
     elif mask is not None and case.mask == "valid":
         mask = mask.split(case.q_lens, 2)[rank].split(case.k_lens, 3)[rank]
-        layout = Layout(case.q_lens, case.k_lens, valid_tokens=True)
+        layout = AttentionLayout(case.q_lens, case.k_lens, valid_tokens=True)
     elif mask is not None and case.mask != "whole":
-        mask, layout = mask.split(case.q_lens, 2)[rank], Layout(case.q_lens, case.k_lens, mask_rows=True)
+        mask, layout = mask.split(case.q_lens, 2)[rank], AttentionLayout(case.q_lens, case.k_lens, mask_rows=True)
     inner = functools.partial(plain, causal=case.causal)
     out = attention.attend(Call(*local, mask, inner, causal=case.causal), layout)
     assert out.shape == expected.shape
@@ -153,7 +153,7 @@ def counted(rank: int, count: int, method: str, lens: tuple[int, ...], heads: in
     attention = SequenceAttention(init_mesh(config, device="cpu", timeout_s=60, rank=rank, init_method=method))
     q = torch.randn(1, lens[rank], heads, WIDTH)
     k = torch.randn(1, lens[rank], k_heads, WIDTH)
-    attention.attend(Call(q, k, k, None, plain), Layout(lens, lens))
+    attention.attend(Call(q, k, k, None, plain), AttentionLayout(lens, lens))
     assert attention.ulysses is not None
     q_share, k_share = attention.ulysses.shares(heads, k_heads)
     assert attention.ulysses.comm.messages == 2 * (count - 1)  # one to every other rank, one back
@@ -172,7 +172,7 @@ def around(rank: int, count: int, method: str, lens: tuple[int, ...]) -> tuple[i
     config = DiffusionParallelConfig(ring_degree=count)
     attention = SequenceAttention(init_mesh(config, device="cpu", timeout_s=60, rank=rank, init_method=method))
     q, k = torch.randn(1, lens[rank], 4, WIDTH), torch.randn(1, lens[rank], 2, WIDTH)
-    attention.attend(Call(q, k, k, None, plain), Layout(lens, lens))
+    attention.attend(Call(q, k, k, None, plain), AttentionLayout(lens, lens))
     assert attention.ring is not None
     return attention.sent_bytes, attention.ring.messages
 
@@ -192,7 +192,7 @@ def refused(rank: int, count: int, method: str) -> None:
     q = torch.randn(1, 3, 2, WIDTH)
     call = Call(q, q, q, None, plain, not_ring="dropout")
     with pytest.raises(UnsupportedError, match="ring_degree=2 does not work with dropout"):
-        SequenceAttention(mesh).attend(call, Layout((3, 3), (3, 3)))
+        SequenceAttention(mesh).attend(call, AttentionLayout((3, 3), (3, 3)))
 
 
 def test_ring_refuses_attention_that_it_cannot_merge() -> None:

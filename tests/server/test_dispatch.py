@@ -13,7 +13,7 @@ from shardit.diffusion.request.model_info import ModelInfo
 from shardit.engine.process.failure import Failure
 from shardit.engine.process.messages import Begin, Cancel, Progress, RequestFinished
 from shardit.server.estimate import work_of
-from shardit.server.messages import Changed, Step
+from shardit.server.messages import Changed, StepDone
 from shardit.server.supervisor import prefetch as prefetcher
 from tests.support.http_fake import picture
 from tests.support.played import INFO, SIGNATURE, Server, played_server
@@ -169,7 +169,7 @@ def test_progress_is_reported(server: Server) -> None:
     job_id = server.put()
     for step in range(5):
         server.step(job_id, step)
-    steps = [message for message in server.told if isinstance(message, Step)]
+    steps = [message for message in server.told if isinstance(message, StepDone)]
     assert [(one.step, one.total, one.phase) for one in steps][-2:] == [(3, 4, "denoise"), (4, 4, "decode")]
     assert Changed(job_id) in server.told
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from shardit.errors import InputError
 from shardit.server import estimate
-from shardit.server.estimate import Seen, Work, work_of
+from shardit.server.estimate import MemorySample, Work, work_of
 from shardit.server.jobs.store import Store
 from shardit.server.options import ServeOptions
 from shardit.server.supervisor.cost_history import CostHistory
@@ -69,7 +69,7 @@ def test_without_knowledge_the_decoded_pixels_must_fit() -> None:
 def test_memory_beyond_what_was_seen_grows_as_it_did() -> None:
     known = None
     for size, peak in ((0, 4 * GIB), (1_000_000, 6 * GIB), (2_000_000, 7 * GIB)):
-        known = estimate.learn_memory(known, Seen(size, peak, limit_bytes=10 * GIB))
+        known = estimate.learn_memory(known, MemorySample(size, peak, limit_bytes=10 * GIB))
     known = json.loads(json.dumps(known))  # as the store keeps it
     assert estimate.expected_peak(1_500_000, known) == 7 * GIB
     assert estimate.expected_peak(4_000_000, known) == 9 * GIB
@@ -79,20 +79,20 @@ def test_memory_beyond_what_was_seen_grows_as_it_did() -> None:
 
 
 def test_failed_sizes_are_refused_until_they_fit() -> None:
-    known = estimate.learn_memory(None, Seen(1000, 5, limit_bytes=GIB))
-    known = estimate.learn_memory(known, Seen(3000, 0, out_of_memory=True))
+    known = estimate.learn_memory(None, MemorySample(1000, 5, limit_bytes=GIB))
+    known = estimate.learn_memory(known, MemorySample(3000, 0, out_of_memory=True))
     estimate.refuse_if_too_large(work(2999), known, None)
     with pytest.raises(InputError, match="3000 pixels"):
         estimate.refuse_if_too_large(work(3000), known, None)
     estimate.refuse_if_too_large(work(3000), estimate.reset_failures(known), None)
-    estimate.refuse_if_too_large(work(3000), estimate.learn_memory(known, Seen(3000, 9)), None)
+    estimate.refuse_if_too_large(work(3000), estimate.learn_memory(known, MemorySample(3000, 9)), None)
 
 
 @given(st.lists(st.tuples(st.integers(0, 10**9), st.integers(0, 10**12), st.booleans()), max_size=40), st.integers(1))
 def test_fitting_sizes_are_accepted_until_they_fail(observations: list[tuple[int, int, bool]], limit: int) -> None:
     known, fitted = None, set()
     for size, peak, failed in observations:
-        known = estimate.learn_memory(known, Seen(size, peak, limit_bytes=limit, out_of_memory=failed))
+        known = estimate.learn_memory(known, MemorySample(size, peak, limit_bytes=limit, out_of_memory=failed))
         assert len(known["points"]) <= 16
         fitted = {one for one in fitted if one < known["failed"]} if failed else {*fitted, size}
         if failed and size > 0:

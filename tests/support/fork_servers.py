@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from shardit.engine.process.fork_client import ForkServer
+from shardit.engine.process.fork_client import ForkServerClient
 from tests.support.paths import SUPPORT
 
-_idle: list[tuple[dict[str, str], ForkServer]] = []
+_idle: list[tuple[dict[str, str], ForkServerClient]] = []
 """Idle fork servers without ranks, the most recently used at the end, each with the environment of its start."""
 
 KEPT = 2
@@ -20,7 +20,7 @@ KEPT = 2
 
 
 class KeptForkServer:
-    """A `ForkServer` that is kept when its user is done with it, without its ranks, for the next user in the same
+    """A `ForkServerClient` that is kept when its user is done with it, without its ranks, for the next user in the same
     environment."""
 
     def __init__(self, timeout_s: float, on_exit: Callable[[int, int], None], on_end: Callable[[str], None]):
@@ -28,7 +28,7 @@ class KeptForkServer:
         self._environment = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
         found = [one for one in _idle if one[0] == self._environment and one[1].alive]
         if not found:
-            self._own = ForkServer(timeout_s, on_exit, on_end)
+            self._own = ForkServerClient(timeout_s, on_exit, on_end)
             return
         _idle.remove(found[-1])
         self._own = found[-1][1]

@@ -28,7 +28,7 @@ from shardit.server import estimate
 from shardit.server.jobs.job import Job
 from shardit.server.jobs.job_request import build_request
 from shardit.server.jobs.store import Store
-from shardit.server.messages import Changed, Measured, Ranks, Scrape, Step, Wake
+from shardit.server.messages import Changed, Measured, Ranks, Scrape, StepDone, Wake
 from shardit.server.options import ServeOptions
 from shardit.server.supervisor.result_files import write_results
 
@@ -118,7 +118,7 @@ class FakeSupervisor:
             thread.start()
 
     def tell(self, message: object) -> None:
-        if not (self.lossy and isinstance(message, (Changed, Step))):
+        if not (self.lossy and isinstance(message, (Changed, StepDone))):
             self.channel.send(message)
 
     def stop(self) -> None:
@@ -162,7 +162,7 @@ class FakeSupervisor:
         steps = 200 if "slow" in prompt else 30 if "steady" in prompt else 2
         for step in range(1, steps + 1):
             self._end.wait(0.05 if steps > 2 else 0)
-            self.tell(Step(job.id, step, steps, "denoise", 0.05))
+            self.tell(StepDone(job.id, step, steps, "denoise", 0.05))
             if job.id in self.store.to_cancel() or self._end.is_set():
                 self.store.finish(job.id, "cancelled")
                 return

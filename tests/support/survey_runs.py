@@ -16,8 +16,8 @@ from shardit.core.comm.mesh import init_mesh
 from shardit.core.modules.blocks import find_blocks
 from shardit.core.modules.hints import Plan
 from shardit.core.placement.assignment import Cut
-from shardit.core.placement.partition import Placement, block_cost, place_blocks
-from shardit.core.stages.stages import Runtime, Stages, stage
+from shardit.core.placement.partition import ChunkPlacement, block_cost, place_blocks
+from shardit.core.stages.stages import Runtime, TransformerStages, stage
 from shardit.errors import RankError, UnsupportedError
 from tests.support import survey_models
 from tests.support.survey_models import Draw, Entry
@@ -91,17 +91,17 @@ def _compare(entry: Entry, runtime: Runtime, chunks: int, outcome: Outcome) -> N
         raise AssertionError(f"not the same bits: calls {equal}, the later one first {late}")
 
 
-def staged(model: nn.Module, runtime: Runtime, chunks: int, plan: Plan | None = None) -> Stages:
+def staged(model: nn.Module, runtime: Runtime, chunks: int, plan: Plan | None = None) -> TransformerStages:
     """Stage a model; looped placements get chunks of uneven size where there are blocks enough."""
     blocks = find_blocks(model, plan)
     placement = place_blocks([block_cost(block) for _, block in blocks], runtime.mesh.pp_size, chunks)
     sizes = list(placement.sizes)
     if placement.chunks > 1 and sizes[-1] > 1:
-        placement = Placement((sizes[0] + 1, *sizes[1:-1], sizes[-1] - 1), placement.pp_size)
+        placement = ChunkPlacement((sizes[0] + 1, *sizes[1:-1], sizes[-1] - 1), placement.pp_size)
     return stage(model, runtime, Cut((), placement, plan))
 
 
-def record(outcome: Outcome, stages: Stages) -> None:
+def record(outcome: Outcome, stages: TransformerStages) -> None:
     """Which blocks this rank ran."""
     rank = stages.runtime.comm.rank
     own = {i for i, owner in enumerate(stages.cut.owners) if owner == rank}

@@ -9,7 +9,7 @@ from typing import Any
 
 from shardit.language.info import LanguageInfo
 from shardit.language.request.outputs import GroupOutput, RowResult
-from shardit.language.request.rows import Row
+from shardit.language.request.rows import PromptRow
 from shardit.models.tiny.language import tokenizer
 from shardit.server.jobs.job import Job
 from shardit.server.jobs.text_request import group_of, stored_results
@@ -42,7 +42,7 @@ def served_texts(folder: Path, **options: Any) -> Any:
     return serving(folder, INFO, **{"model": "tiny/llama", "task": LANGUAGE, **options})  # type: ignore[arg-type]
 
 
-def repeated(row: Row) -> RowResult:
+def repeated(row: PromptRow) -> RowResult:
     """The result of a row: its prompt again and again, until an end token, a stop string or its length."""
     made: list[int] = []
     reason, stop = "", None

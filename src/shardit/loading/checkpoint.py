@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from shardit.errors import InputError
 from shardit.loading.dtypes import file_dtype
-from shardit.loading.safetensors_file import Entry, Header, Reads
+from shardit.loading.safetensors_file import Header, Reads, TensorEntry
 from shardit.loading.weight_names import choose, variants_among
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class Checkpoint:
             self._headers[file] = Header.read(path)
         return self._headers[file]
 
-    def entry(self, key: str) -> Entry:
+    def entry(self, key: str) -> TensorEntry:
         """Return the location of tensor `key` in its file. Raises InputError if the index is wrong about it."""
         file = self.files[key]
         found = self.header(file).entries.get(key)

@@ -18,7 +18,7 @@ from typing import Any
 
 from shardit.errors import InputError
 from shardit.loading.index import ADAPTER_CONFIG, INDEX, components
-from shardit.loading.safetensors_file import Entry, Header
+from shardit.loading.safetensors_file import Header, TensorEntry
 from shardit.loading.weight_names import choose, is_weights
 
 _SETTINGS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".spm", ".yaml")
@@ -75,7 +75,7 @@ class HubRemote:
         with _explained(self.model):
             found = HfApi().parse_safetensors_file_metadata(self.model, file, revision=self.commit)
         entries = {
-            name: Entry(str(info.dtype), tuple(info.shape), info.data_offsets[0], info.data_offsets[1])
+            name: TensorEntry(str(info.dtype), tuple(info.shape), info.data_offsets[0], info.data_offsets[1])
             for name, info in found.tensors.items()
         }
         return Header(entries, dict(found.metadata or {}))

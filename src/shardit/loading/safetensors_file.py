@@ -37,7 +37,7 @@ class Reads:
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """One tensor of a file: its safetensors dtype code, its shape, and its bytes [start, end) in the file."""
 
     dtype: str
@@ -54,7 +54,7 @@ class Entry:
 class Header:
     """The tensors of one file by name, and the file's free-text metadata."""
 
-    entries: dict[str, Entry]
+    entries: dict[str, TensorEntry]
     metadata: dict[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -106,10 +106,10 @@ def _parse(path: Path, text: bytes, data_start: int, size: int) -> Header:
     return Header(entries, metadata)
 
 
-def _entry(raw: dict[str, Any], data_start: int) -> Entry:
+def _entry(raw: dict[str, Any], data_start: int) -> TensorEntry:
     start, end = raw["data_offsets"]
     shape = tuple(int(n) for n in raw["shape"])
-    return Entry(str(raw["dtype"]), shape, data_start + int(start), data_start + int(end))
+    return TensorEntry(str(raw["dtype"]), shape, data_start + int(start), data_start + int(end))
 
 
 def read_into(
@@ -131,7 +131,7 @@ def read_into(
 
 
 def read_slice(
-    path: str | os.PathLike, entry: Entry, part: Slice | None, tensor: torch.Tensor, reads: Reads | None = None
+    path: str | os.PathLike, entry: TensorEntry, part: Slice | None, tensor: torch.Tensor, reads: Reads | None = None
 ) -> None:
     """Fill a contiguous CPU tensor with a slice of one tensor of a file (None: all of it), in the file's dtype.
 
@@ -147,7 +147,7 @@ def read_slice(
         reads.bytes += done
 
 
-def _runs(entry: Entry, part: Slice | None) -> Iterator[tuple[int, int]]:
+def _runs(entry: TensorEntry, part: Slice | None) -> Iterator[tuple[int, int]]:
     """Yield (first byte, number of bytes) of the pieces of the file that make up a slice, in order."""
     if part is None:
         yield entry.start, entry.nbytes
@@ -161,7 +161,7 @@ def _runs(entry: Entry, part: Slice | None) -> Iterator[tuple[int, int]]:
 
 
 def read_tensor(
-    path: str | os.PathLike, entry: Entry, rows: slice | None = None, reads: Reads | None = None
+    path: str | os.PathLike, entry: TensorEntry, rows: slice | None = None, reads: Reads | None = None
 ) -> torch.Tensor:
     """Read one tensor of a file, or some of its rows (dimension 0, step 1), to the CPU in the file's dtype.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from shardit.errors import InputError
 from shardit.loading.checkpoint import Checkpoint, Remote
-from shardit.loading.safetensors_file import Entry, Header, Reads
+from shardit.loading.safetensors_file import Header, Reads, TensorEntry
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,14 +51,14 @@ def list_name(module: nn.Module) -> str:
 
 
 @dataclass
-class Several(Checkpoint):
+class SeveralWeights(Checkpoint):
     """The weights of all models in the list, under their names in the whole module: NETS.1.NAME for the second. File
     names are relative to the folder of the model: NAME_1/FILE."""
 
     parts: Mapping[str, Checkpoint] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, module: nn.Module, folder: Path, remote: Remote | None, variant: str | None) -> Several:
+    def of(cls, module: nn.Module, folder: Path, remote: Remote | None, variant: str | None) -> SeveralWeights:
         """Find the weights of a module in `folder` and in the numbered folders next to it; errors as in
         `Checkpoint.open`."""
         name, folders = list_name(module), folders_of(folder)
@@ -80,7 +80,7 @@ class Several(Checkpoint):
         part, name = self._part(file)
         return part.header(name)
 
-    def entry(self, key: str) -> Entry:
+    def entry(self, key: str) -> TensorEntry:
         """Return the location of tensor `key` in its file."""
         prefix, part = next((prefix, part) for prefix, part in self.parts.items() if key.startswith(prefix))
         return part.entry(key.removeprefix(prefix))

@@ -13,7 +13,7 @@ from shardit.settings.paths import is_hub_id, user_path
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """A model folder. name: written by diffusers to _name_or_path. remote: the hub commit of the folder."""
 
     folder: Path
@@ -21,7 +21,7 @@ class Source:
     remote: HubRemote | None = None
 
 
-def locate(model: str | os.PathLike, weights: bool = True, variant: str | None = None) -> Source:
+def locate(model: str | os.PathLike, weights: bool = True, variant: str | None = None) -> ModelSource:
     """Return the folder of "tiny/NAME", of a local diffusers folder, or of a hub id, whose required files are
     downloaded; without `weights` all but its weight files.
 
@@ -30,14 +30,14 @@ def locate(model: str | os.PathLike, weights: bool = True, variant: str | None =
     text = os.fspath(model)
     if text.startswith("tiny/"):
         folder = _tiny(text)
-        return Source(folder, str(folder))
+        return ModelSource(folder, str(folder))
     path = local_folder(model)
     if path is not None:
-        return Source(path, str(path))
+        return ModelSource(path, str(path))
     remote = open_hub(text, variant)
     if weights:
         remote.fetch(weight_files(remote))
-    return Source(remote.folder, text, remote)
+    return ModelSource(remote.folder, text, remote)
 
 
 def local_folder(model: str | os.PathLike) -> Path | None:

@@ -19,7 +19,7 @@ _VARIANT = re.compile(r"^(?:diffusion_pytorch_)?model\.(?!safetensors)([\w-]+?)(
 
 
 @dataclass(frozen=True)
-class Choice:
+class WeightsFile:
     """The file to start from: an index of shards, or the only file."""
 
     name: str
@@ -45,7 +45,7 @@ def _with_variant(name: str, variant: str) -> str:
     return f"{name.removesuffix('.safetensors')}.{variant}.safetensors"
 
 
-def choose(names: Iterable[str], where: str, variant: str | None = None) -> Choice:
+def choose(names: Iterable[str], where: str, variant: str | None = None) -> WeightsFile:
     """Return the index or file that diffusers and transformers load: that of `variant` if there is one, else the
     default.
 
@@ -55,10 +55,10 @@ def choose(names: Iterable[str], where: str, variant: str | None = None) -> Choi
     held = set(names)
     for name in _ORDER if variant else ():
         if (of_variant := _with_variant(name, str(variant))) in held:
-            return Choice(of_variant, of_variant.endswith(".json"), variant)
+            return WeightsFile(of_variant, of_variant.endswith(".json"), variant)
     for name in _ORDER:
         if name in held:
-            return Choice(name, name.endswith(".json"))
+            return WeightsFile(name, name.endswith(".json"))
     if variants := variants_among(held):
         raise InputError(
             f"{where} holds only the weight variant {' and '.join(variants)}: give variant={variants[0]!r} "

@@ -15,7 +15,7 @@ from shardit.core.placement.slices import Owned, Slice
 from shardit.errors import InputError, listed
 from shardit.loading.checkpoint import Checkpoint
 from shardit.loading.dtypes import file_dtype
-from shardit.loading.safetensors_file import Entry, Reads, read_slice
+from shardit.loading.safetensors_file import Reads, TensorEntry, read_slice
 
 if TYPE_CHECKING:
     import torch
@@ -137,9 +137,9 @@ def _warn_unused(module: nn.Module, checkpoint: Checkpoint, unused: list[str]) -
         _log.warning("%s: %s does not use %s", checkpoint.folder, type(module).__name__, listed(unused))
 
 
-def _by_file(checkpoint: Checkpoint, wanted: list[Target]) -> Iterator[tuple[str, list[tuple[Target, Entry]]]]:
+def _by_file(checkpoint: Checkpoint, wanted: list[Target]) -> Iterator[tuple[str, list[tuple[Target, TensorEntry]]]]:
     """Group the wanted tensors by file, in the order of the file's bytes."""
-    groups: dict[str, list[tuple[Target, Entry]]] = {}
+    groups: dict[str, list[tuple[Target, TensorEntry]]] = {}
     for target in wanted:
         key = str(target.key)
         groups.setdefault(checkpoint.files[key], []).append((target, checkpoint.entry(key)))
@@ -151,7 +151,7 @@ def _read_file(
     module: nn.Module,
     checkpoint: Checkpoint,
     file: str,
-    group: list[tuple[Target, Entry]],
+    group: list[tuple[Target, TensorEntry]],
     dtype: torch.dtype | None,
     device: torch.device,
     reads: Reads | None,
@@ -183,7 +183,7 @@ def _read_file(
         place(module, target, tensor)
 
 
-def _shape(target: Target, entry: Entry) -> tuple[int, ...]:
+def _shape(target: Target, entry: TensorEntry) -> tuple[int, ...]:
     """Return the shape of the requested part of a tensor."""
     return entry.shape if target.part is None else target.part.shape(entry.shape)
 
@@ -201,7 +201,7 @@ def as_mapped(start: int, nbytes: int, dtype: torch.dtype) -> torch.Tensor:
     return memory[skew:].view(dtype)
 
 
-def _checked_dtype(module: nn.Module, path: Path, target: Target, entry: Entry) -> torch.dtype:
+def _checked_dtype(module: nn.Module, path: Path, target: Target, entry: TensorEntry) -> torch.dtype:
     """Return the dtype of a tensor in the file. Raises InputError for a wrong shape or a dtype that torch lacks."""
     if tuple(target.held.shape) != entry.shape:
         raise InputError(

@@ -86,7 +86,7 @@ def learn_speed(speed: float | None, work: Work, seconds: float) -> float | None
 
 
 @dataclass(frozen=True)
-class Seen:
+class MemorySample:
     """One observation of the memory of the rank that is nearest to its limit."""
 
     size: int
@@ -99,7 +99,7 @@ class Seen:
     """Whether it ran out of memory."""
 
 
-def learn_memory(known: Mapping[str, Any] | None, seen: Seen) -> dict[str, Any]:
+def learn_memory(known: Mapping[str, Any] | None, seen: MemorySample) -> dict[str, Any]:
     """Return the new value for `MEMORY`: {"limit": bytes or None, "points": [[size, peak bytes], ...] by size,
     "failed": the smallest size that ran out of memory, or None}."""
     known = known or {}

@@ -21,7 +21,7 @@ from shardit.loading.dtypes import setting
 from shardit.loading.source import local_folder
 from shardit.logs import FORMAT_VARIABLE
 from shardit.server.keys import digest
-from shardit.server.options import LANGUAGE, Executor, Limits, ServeOptions
+from shardit.server.options import LANGUAGE, Executor, RequestLimits, ServeOptions
 from shardit.settings.declare import Flag, declare, declared
 from shardit.settings.flag_class import check_flags, flag_class, values_of
 from shardit.settings.model_options import WHOLE, ModelOptions, split_model
@@ -45,7 +45,7 @@ class ServeFlags(
     ModelFlags,
     LaunchFlags,
     flag_class(LanguageOptions),
-    flag_class(Limits),
+    flag_class(RequestLimits),
     flag_class(ServeOptions),
 ):
     """The flags of `shardit serve`."""
@@ -61,7 +61,7 @@ class ServeFlags(
 
     def options(self) -> ServeOptions:
         """Return all options, checked. Raises InputError."""
-        check_flags(self, ServeOptions, LanguageOptions, Limits)
+        check_flags(self, ServeOptions, LanguageOptions, RequestLimits)
         self._check_nodes()
         task, model, loading = self._model()
         if self.data_dir is not None:
@@ -81,7 +81,7 @@ class ServeFlags(
             task=task,
             api_key_hashes=tuple(digest(key) for key in self._keys()),
             language=LanguageOptions(**values_of(self, LanguageOptions)),
-            limits=Limits(**values_of(self, Limits)),
+            limits=RequestLimits(**values_of(self, RequestLimits)),
             **given,
         )
 
@@ -92,7 +92,7 @@ class ServeFlags(
             options = self.model_options()
             check_decoder_options(self.model, {"attention_backend": self.attention_backend}, options)
             check_decoder(decoder, self.parallel_config(), self.max_model_len, options.lora)
-            self._refuse_set(Limits, "a language model", only=("pixels", "frames", "steps"))
+            self._refuse_set(RequestLimits, "a language model", only=("pixels", "frames", "steps"))
             return LANGUAGE, self.model, options
         self._refuse_set(LanguageOptions, "no language model")
         model, loading = split_model(self.model, self.config, self.model_options())

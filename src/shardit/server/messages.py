@@ -63,7 +63,7 @@ class Changed:
 
 
 @dataclass(frozen=True)
-class Step:
+class StepDone:
     """A job in progress has finished `step` of `total` denoising steps; phase: encode, denoise or decode."""
 
     job_id: str

@@ -30,7 +30,7 @@ class Executor(Enum):
 
 
 @dataclass(frozen=True)
-class Limits(ResultLimits):
+class RequestLimits(ResultLimits):
     """Upper limits of a request; checked before anything is decoded."""
 
     body_bytes: int = 64 * 1024**2
@@ -90,7 +90,7 @@ class ServeOptions:
         _POSITIVE,
         flag=Flag("step_timeout"),
     )
-    limits: Limits = field(default_factory=Limits)
+    limits: RequestLimits = field(default_factory=RequestLimits)
     keep_days: float = declare(30.0, "Days after which finished jobs are deleted.", _POSITIVE)
     keep_bytes: int = declare(
         50 * 1024**3,

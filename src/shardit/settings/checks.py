@@ -12,7 +12,7 @@ from shardit.errors import InputError
 
 
 @dataclass(frozen=True)
-class Check:
+class ValueCheck:
     """The valid values of a setting. A call with the setting's name and a value raises InputError for any other
     value."""
 
@@ -24,7 +24,7 @@ class Check:
     maximum: float | None = None
     above: float | None = None
     """An exclusive lower limit."""
-    each: Check | None = None
+    each: ValueCheck | None = None
     """The check of the entries of a list."""
 
     def __call__(self, name: str, value: Any) -> None:
@@ -43,7 +43,7 @@ class Check:
         return f"at least {self.minimum}" if self.maximum is None else f"from {self.minimum} to {self.maximum}"
 
 
-def matching(meaning: str, fits: Callable[[Any], bool]) -> Check:
+def matching(meaning: str, fits: Callable[[Any], bool]) -> ValueCheck:
     """Return a check by a condition; `meaning` describes the valid values. A condition that cannot be tested does not
     hold: arrays are neither equal nor unequal to a text."""
 
@@ -53,10 +53,10 @@ def matching(meaning: str, fits: Callable[[Any], bool]) -> Check:
         except (TypeError, ValueError):
             return meaning
 
-    return Check(meaning, problem)
+    return ValueCheck(meaning, problem)
 
 
-def whole(minimum: int, maximum: int | None = None, *, meaning: str = "") -> Check:
+def whole(minimum: int, maximum: int | None = None, *, meaning: str = "") -> ValueCheck:
     """Return a check for whole numbers from `minimum` to `maximum`; bools are refused."""
     limits = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
     meaning = meaning or f"a whole number {limits}"
@@ -65,7 +65,7 @@ def whole(minimum: int, maximum: int | None = None, *, meaning: str = "") -> Che
         fits = isinstance(value, Integral) and not isinstance(value, bool)
         return None if fits and minimum <= int(value) <= (math.inf if maximum is None else maximum) else meaning
 
-    return Check(meaning, problem, minimum, maximum)
+    return ValueCheck(meaning, problem, minimum, maximum)
 
 
 LARGEST = 3.4028234663852886e38
@@ -93,7 +93,7 @@ def number_problem(value: Any) -> str | None:
     return "a finite number" + (f" within {LARGEST:.2g}" if large else "")
 
 
-def number(minimum: float | None = None, maximum: float | None = None, *, above: float | None = None) -> Check:
+def number(minimum: float | None = None, maximum: float | None = None, *, above: float | None = None) -> ValueCheck:
     """Return a check for finite numbers within the limits (`above` excludes the limit itself); bools are refused."""
 
     def problem(value: Any) -> str | None:
@@ -108,10 +108,10 @@ def number(minimum: float | None = None, maximum: float | None = None, *, above:
 
     limits = [(" greater than", above), (" of at least", minimum), (", at most", maximum)]
     words = "".join(f"{text} {limit:g}" for text, limit in limits if limit is not None)
-    return Check(f"a finite number{words}", problem, minimum, maximum, above)
+    return ValueCheck(f"a finite number{words}", problem, minimum, maximum, above)
 
 
-def numbers(each: Check, *, or_one: bool = False) -> Check:
+def numbers(each: ValueCheck, *, or_one: bool = False) -> ValueCheck:
     """Return a check for a list that is not empty with entries that pass `each`, or with `or_one` for one such
     value."""
 
@@ -122,7 +122,7 @@ def numbers(each: Check, *, or_one: bool = False) -> Check:
         return None if listed else "a list of numbers that is not empty"
 
     one = f"{each.meaning}, or " if or_one else ""
-    return Check(f"{one}a list of at least one entry, each {each.meaning}", problem, each=each)
+    return ValueCheck(f"{one}a list of at least one entry, each {each.meaning}", problem, each=each)
 
 
 FLAG = matching("True or False", lambda value: isinstance(value, bool))
@@ -143,7 +143,7 @@ def text_problem(value: Any) -> str | None:
     return None
 
 
-TEXT = Check("a string", lambda value: text_problem(value) if isinstance(value, str) else "a string")
+TEXT = ValueCheck("a string", lambda value: text_problem(value) if isinstance(value, str) else "a string")
 NAME = matching("a name", lambda value: isinstance(value, str) and value != "")
 NAMED_VALUES = matching(
     "a dict with names as keys",

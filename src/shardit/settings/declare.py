@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import Field, FrozenInstanceError, field, fields
 from typing import Any, NamedTuple, TypeVar
 
-from shardit.settings.checks import Check
+from shardit.settings.checks import ValueCheck
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ class Flag(NamedTuple):
     """For a repeated flag with texts such as "name=value", which make a dict: an example."""
 
 
-def declare(default: Any, help: str, check: Check | None = None, *, flag: Flag | None = Flag()) -> Any:
+def declare(default: Any, help: str, check: ValueCheck | None = None, *, flag: Flag | None = Flag()) -> Any:
     """Return a field with its default (or a class to make it), its help text, the check of values that are not None,
     and its flag (None: no flag)."""
     metadata = {"help": help, "check": check, "flag": flag}

@@ -1,4 +1,5 @@
-"""`Recipe`: what a run of training needs of a kind of model: modules, losses, micro-batches, samples and files."""
+"""`TrainingRecipe`: what a run of training needs of a kind of model: modules, losses, micro-batches, samples and
+files."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ class MicroBatch:
     """Arguments of one call of a loss."""
 
     model: str
-    """Name of the trained module that takes it, a key of `Recipe.models`."""
+    """Name of the trained module that takes it, a key of `TrainingRecipe.models`."""
     data: Any
     """Tensors on the CPU and plain values; alike on all stages of a replica. It contains the seeds of its own noise."""
     weight: float
@@ -28,7 +29,7 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainingRecipe:
     """Models of a run, their data and their loss.
 
     All functions are pure: `micro_batches` depends on nothing but its arguments, the settings and the data. So a run

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from shardit.config import TIMEOUT_S
 from shardit.engine.process.messages import TIMEOUT
-from shardit.settings.checks import NAME, Check, matching, number, whole
+from shardit.settings.checks import NAME, ValueCheck, matching, number, whole
 from shardit.settings.declare import Flag, declare
 from shardit.training.limits import SCHEDULES
 
@@ -20,7 +20,7 @@ RATES = ("constant", "cosine", "linear")
 """The courses of the learning rate."""
 
 
-def _one_of(*names: str) -> Check:
+def _one_of(*names: str) -> ValueCheck:
     return matching(f"one of {', '.join(names)}", lambda value: value in names)
 
 

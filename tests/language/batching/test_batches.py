@@ -10,7 +10,7 @@ import pytest
 from shardit import DiffusionParallelConfig, InputError, SamplingParams
 from shardit.core.comm.mesh import init_mesh
 from shardit.core.stages.runtime import Runtime
-from shardit.language.request.rows import PromptGroup, Row
+from shardit.language.request.rows import PromptGroup, PromptRow
 from shardit.language.sharding import lay_out_decoder, shard_decoder
 from tests.language import families
 from tests.language.batched import alone, batcher_of, continued, outputs, prompts_of, reuses, run
@@ -21,14 +21,14 @@ CLOSED = ("bert", "bart", "recurrent_gemma", "rwkv")
 """Families whose rows cannot join a batch, for their masks or their states in modules."""
 
 
-def rows(**changes: Any) -> list[Row]:
+def rows(**changes: Any) -> list[PromptRow]:
     return prompts_of(families.VOCABULARY, **changes)
 
 
-def long_rows(**changes: Any) -> list[Row]:
+def long_rows(**changes: Any) -> list[PromptRow]:
     """Return short prompts with long texts, of which `TIGHT` holds two."""
     params = SamplingParams(max_tokens=40, ignore_eos=True, **{"temperature": 0.0, **changes})
-    return [Row(tuple(range(10 * length, 11 * length)), params, length) for length in (5, 6, 8, 9)]
+    return [PromptRow(tuple(range(10 * length, 11 * length)), params, length) for length in (5, 6, 8, 9)]
 
 
 TIGHT = 100
@@ -75,11 +75,13 @@ def test_texts_continue_from_their_tokens() -> None:
         wanted = rows(**params)
         expected = continued(model, wanted)
         halves = [
-            Row(row.prompt, row.params, row.seed, tokens[: len(tokens) // 2])
+            PromptRow(row.prompt, row.params, row.seed, tokens[: len(tokens) // 2])
             for row, tokens in zip(wanted, expected, strict=True)
         ]
         assert continued(model, halves) == expected
-        ended = [Row(row.prompt, row.params, row.seed, tokens) for row, tokens in zip(wanted, expected, strict=True)]
+        ended = [
+            PromptRow(row.prompt, row.params, row.seed, tokens) for row, tokens in zip(wanted, expected, strict=True)
+        ]
         assert continued(model, ended) == expected
 
 
@@ -145,7 +147,7 @@ def over_ranks(rank: int, count: int, method: str, config: DiffusionParallelConf
             [output.rows[0][0] for output in crowded] == continued(plain, long_rows()),
         ]
         turns = [
-            Row(tuple(range(3, 3 + length)), SamplingParams(temperature=0, max_tokens=5, ignore_eos=True), 0)
+            PromptRow(tuple(range(3, 3 + length)), SamplingParams(temperature=0, max_tokens=5, ignore_eos=True), 0)
             for length in (40, 99, 60)
         ]
         alike = batcher_of(model, runtime)
@@ -175,11 +177,15 @@ def test_prompts_that_begin_alike() -> None:
     model = families.make("llama")
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     head = tuple(range(3, 53))
-    first = Row(head, params, 0)
+    first = PromptRow(head, params, 0)
     batcher = batcher_of(model)
     reused = reuses(batcher)
     ((answer, *_),) = run(batcher, [first])
-    turns = [Row((*head, *answer, 7, 8), params, 0), Row((*head[:40], 99, 98), params, 0), Row(head[::-1], params, 0)]
+    turns = [
+        PromptRow((*head, *answer, 7, 8), params, 0),
+        PromptRow((*head[:40], 99, 98), params, 0),
+        PromptRow(head[::-1], params, 0),
+    ]
     expected = [continued(model, [row])[0] for row in turns]
     assert [tokens for tokens, *_ in run(batcher, turns)] == expected
     assert sorted(reused) == [40, len(head) + len(answer) - 1]
@@ -192,7 +198,7 @@ def test_a_head_that_is_forgotten_while_a_prompt_begins() -> None:
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     head = tuple(range(3, 53))
     batcher = batcher_of(model)
-    run(batcher, [Row(head, params, 0)])
+    run(batcher, [PromptRow(head, params, 0)])
     reused = reuses(batcher)
     choose = batcher._choose
 
@@ -202,7 +208,7 @@ def test_a_head_that_is_forgotten_while_a_prompt_begins() -> None:
         return choose(sequences, logits)
 
     batcher._choose = forgetful
-    prompts = [Row((9, 8, 7), params, 0), Row((*head, 7), params, 0)]
+    prompts = [PromptRow((9, 8, 7), params, 0), PromptRow((*head, 7), params, 0)]
     made = [tokens for tokens, *_ in run(batcher, prompts)]
     assert made == [continued(model, [row])[0] for row in prompts]
     assert reused == [50]
@@ -217,10 +223,10 @@ def test_a_bias_on_logits() -> None:
     model = families.make("llama")
     plain = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     prompt = (5, 6, 7)
-    ((made, *_),) = run(batcher_of(model), [Row(prompt, plain, 0)])
+    ((made, *_),) = run(batcher_of(model), [PromptRow(prompt, plain, 0)])
     banned = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logit_bias=dict.fromkeys(made, -100.0))
     forced = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logit_bias={9: 100.0})
-    (without, *_), (nine, *_) = run(batcher_of(model), [Row(prompt, banned, 0), Row(prompt, forced, 0)])
+    (without, *_), (nine, *_) = run(batcher_of(model), [PromptRow(prompt, banned, 0), PromptRow(prompt, forced, 0)])
     assert not set(made) & set(without)
     assert nine == (9,) * 6
     with pytest.raises(InputError, match="logit_bias must be numbers by tokens"):
@@ -233,7 +239,7 @@ def test_the_request_that_used_up_the_memory_is_named() -> None:
     batcher = batcher_of(model, rows=8, tokens=4)
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     for key, length in enumerate((3, 3, 20)):
-        batcher.add(key, PromptGroup((Row(tuple(range(3, 3 + length)), params, 0),)), lambda *_: None)
+        batcher.add(key, PromptGroup((PromptRow(tuple(range(3, 3 + length)), params, 0),)), lambda *_: None)
     found: list[set[int]] = []
     program = batcher.program()
     assert program is not None

@@ -11,7 +11,7 @@ from shardit import LLM, DiffusionParallelConfig, InputError, SamplingParams
 from shardit.core.comm.mesh import init_mesh
 from shardit.core.stages.runtime import Runtime
 from shardit.language.request.outputs import GroupOutput
-from shardit.language.request.rows import Row
+from shardit.language.request.rows import PromptRow
 from shardit.language.sharding import lay_out_decoder, shard_decoder
 from tests.language import families
 from tests.language.batched import batcher_of, outputs, reuses
@@ -22,20 +22,20 @@ CLOSE = 2e-5
 """Maximum distance of log probabilities: chunks and padding change their last bits."""
 
 
-def rows(**changes: Any) -> list[Row]:
+def rows(**changes: Any) -> list[PromptRow]:
     """Prompts of which every second one wants log probabilities of its tokens."""
     generator, found = torch.Generator().manual_seed(5), []
     for number, length in enumerate(LENGTHS):
         prompt = torch.randint(3, families.VOCABULARY, (length,), generator=generator).tolist()
         options = {"temperature": 0.0, "max_tokens": 6, "ignore_eos": True, **changes}
         found += [
-            Row(tuple(prompt), SamplingParams(prompt_logprobs=2, **options), number),
-            Row(tuple(prompt[::-1]), SamplingParams(logprobs=1, **options), number),
+            PromptRow(tuple(prompt), SamplingParams(prompt_logprobs=2, **options), number),
+            PromptRow(tuple(prompt[::-1]), SamplingParams(logprobs=1, **options), number),
         ]
     return found
 
 
-def distance(plain: Any, row: Row, output: GroupOutput) -> float:
+def distance(plain: Any, row: PromptRow, output: GroupOutput) -> float:
     """Return the largest distance from the log probabilities of plain transformers; 99 for other tokens."""
     with torch.no_grad():
         likely = torch.log_softmax(plain(torch.tensor([row.prompt])).logits[0].float(), -1)
@@ -51,7 +51,7 @@ def distance(plain: Any, row: Row, output: GroupOutput) -> float:
     return worst
 
 
-def check(plain: Any, given: list[Row], found: list[GroupOutput]) -> float:
+def check(plain: Any, given: list[PromptRow], found: list[GroupOutput]) -> float:
     return max(distance(plain, row, output) for row, output in zip(given, found, strict=True))
 
 
@@ -62,7 +62,7 @@ def test_equal_to_a_call_of_the_model(name: str, limits: dict[str, Any]) -> None
     found = outputs(batcher_of(model, **limits), given)
     assert check(families.make(name), given, found) < CLOSE
     assert sum(output.preemptions for output in found) > 0 or "memory" not in limits or name in ("rwkv", "bamba")
-    plain = [Row(row.prompt, SamplingParams(temperature=0, max_tokens=6, ignore_eos=True), 0) for row in given]
+    plain = [PromptRow(row.prompt, SamplingParams(temperature=0, max_tokens=6, ignore_eos=True), 0) for row in given]
     expected = [output.rows[0][0] for output in outputs(batcher_of(model, **limits), plain)]
     assert [output.rows[0][0] for output in found] == expected
     assert check(families.make(name, seed=1), given, found) > 0.01  # a control
@@ -71,13 +71,13 @@ def test_equal_to_a_call_of_the_model(name: str, limits: dict[str, Any]) -> None
 def test_known_heads_are_computed_again_for_them() -> None:
     model = families.make("llama")
     batcher, params = batcher_of(model), SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
-    first = Row(tuple(range(3, 60)), params, 0)
+    first = PromptRow(tuple(range(3, 60)), params, 0)
     outputs(batcher, [first])
     reused = reuses(batcher)
-    row = Row((*first.prompt, 7), SamplingParams(prompt_logprobs=2, max_tokens=4, ignore_eos=True), 0)
+    row = PromptRow((*first.prompt, 7), SamplingParams(prompt_logprobs=2, max_tokens=4, ignore_eos=True), 0)
     assert check(families.make("llama"), [row], outputs(batcher, [row])) < CLOSE
     assert reused == []
-    outputs(batcher, [Row((*first.prompt, 8), params, 0)])
+    outputs(batcher, [PromptRow((*first.prompt, 8), params, 0)])
     assert reused == [57]
 
 

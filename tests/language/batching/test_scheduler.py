@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 
 from shardit import SamplingParams
 from shardit.language.batching.memory import fitting
-from shardit.language.batching.scheduler import FREE_COLUMNS, Group, Limits, Round, Scheduler
+from shardit.language.batching.scheduler import FREE_COLUMNS, BatchLimits, Group, Round, Scheduler
 from shardit.language.batching.sequence import Sequence
-from shardit.language.request.rows import Row
+from shardit.language.request.rows import PromptRow
 
 
 def sequence(number: int, prompt: int, new: int) -> Sequence:
     params = SamplingParams(temperature=0, max_tokens=new)
-    return Sequence(number, 0, Row(tuple(range(prompt)), params, 0), number)
+    return Sequence(number, 0, PromptRow(tuple(range(prompt)), params, 0), number)
 
 
 @dataclass
@@ -118,7 +118,7 @@ def test_every_sequence_ends_once(
     joins, pads, chunks = able
     longest = max(prompt + new for prompt, new in work) + 1
     memory = None if spare is None or not joins else longest + spare
-    limits = Limits(rows, tokens, groups, memory, joins, pads and joins, chunks and joins)
+    limits = BatchLimits(rows, tokens, groups, memory, joins, pads and joins, chunks and joins)
     player = Player(Scheduler(limits, lambda columns: columns))
     sequences = [sequence(number, *one) for number, one in enumerate(work)]
     for one in sequences:
@@ -133,7 +133,7 @@ def test_every_sequence_ends_once(
 @settings(max_examples=100, deadline=None)
 @given(WORK, st.dictionaries(st.integers(0, 11), st.integers(0, 30), max_size=6))
 def test_cancelled_sequences_leave(work: list[tuple[int, int]], cancel_at: dict[int, int]) -> None:
-    player = Player(Scheduler(Limits(3, 16, 2, memory=150), lambda columns: columns))
+    player = Player(Scheduler(BatchLimits(3, 16, 2, memory=150), lambda columns: columns))
     for number, one in enumerate(work):
         player.scheduler.add(sequence(number, *one))
     player.play(cancel_at)
@@ -144,7 +144,7 @@ def test_cancelled_sequences_leave(work: list[tuple[int, int]], cancel_at: dict[
 
 
 def test_few_sequences_are_spread_over_groups() -> None:
-    player = Player(Scheduler(Limits(32, 512, 3), lambda columns: columns))
+    player = Player(Scheduler(BatchLimits(32, 512, 3), lambda columns: columns))
     for number in range(3):
         player.scheduler.add(sequence(number, 5, 5))
     for _ in range(3):
@@ -155,7 +155,7 @@ def test_few_sequences_are_spread_over_groups() -> None:
 
 
 def test_the_youngest_gives_way() -> None:
-    player = Player(Scheduler(Limits(8, 512, memory=60), lambda columns: columns))
+    player = Player(Scheduler(BatchLimits(8, 512, memory=60), lambda columns: columns))
     sequences = [sequence(number, 8, 40) for number in range(4)]
     for one in sequences:
         player.scheduler.add(one)
@@ -167,7 +167,7 @@ def test_the_youngest_gives_way() -> None:
 
 def test_padding_is_limited() -> None:
     """A short prompt beside a long text gets a batch of its own."""
-    scheduler = Scheduler(Limits(8, 4096), lambda columns: columns)
+    scheduler = Scheduler(BatchLimits(8, 4096), lambda columns: columns)
     scheduler.add(sequence(0, 10 * FREE_COLUMNS, 5))
     long = scheduler.place()
     scheduler.add(sequence(1, 5, 5))
@@ -181,7 +181,7 @@ def test_padding_is_limited() -> None:
 
 
 def test_a_long_prompt_delays_no_step_by_more_than_a_chunk() -> None:
-    player = Player(Scheduler(Limits(16, 64), lambda columns: columns))
+    player = Player(Scheduler(BatchLimits(16, 64), lambda columns: columns))
     for number in range(8):
         player.scheduler.add(sequence(number, 8, 40))
     group = player.scheduler.place()

@@ -13,7 +13,7 @@ from shardit import LLM, DiffusionParallelConfig, InputError, SamplingParams
 from shardit.core.comm.mesh import init_mesh
 from shardit.core.decoder.stages import DecoderStages
 from shardit.core.stages.runtime import Runtime
-from shardit.language.request.rows import Row
+from shardit.language.request.rows import PromptRow
 from shardit.language.sharding import lay_out_decoder, shard_decoder
 from tests.language import families
 from tests.language.batched import batcher_of, run
@@ -63,7 +63,7 @@ def chunks_over_stages(rank: int, count: int, method: str) -> dict[str, Any]:
     runtime = Runtime.of(mesh, split_batch=False)
     shard_decoder(model, runtime, lay_out_decoder(model, config), config)
     batcher = batcher_of(model, runtime, tokens=64)
-    row = Row(tuple(k % 100 for k in range(256)), SamplingParams(temperature=0, max_tokens=1, ignore_eos=True), 0)
+    row = PromptRow(tuple(k % 100 for k in range(256)), SamplingParams(temperature=0, max_tokens=1, ignore_eos=True), 0)
     run(batcher, [row], runtime)
     batcher.prefixes.shrink(0)
     spans: list[tuple[float, float]] = []

@@ -15,9 +15,9 @@ from shardit import DiffusionParallelConfig, SamplingParams
 from shardit.core.comm.mesh import init_mesh
 from shardit.core.stages.runtime import Runtime
 from shardit.language.batching.batcher import Batcher
-from shardit.language.batching.scheduler import Limits
+from shardit.language.batching.scheduler import BatchLimits
 from shardit.language.grammar.token_masks import TokenMask, TokenMasks
-from shardit.language.request.rows import Row
+from shardit.language.request.rows import PromptRow
 from shardit.language.sharding import lay_out_decoder, shard_decoder
 from tests.language import families, folders
 from tests.language.batched import outputs
@@ -47,17 +47,17 @@ def model_of(name: str) -> Any:
 
 
 def batcher_of(model: Any, runtime: Runtime | None = None, **limits: Any) -> Batcher:
-    wanted = Limits(**{"rows": 32, "tokens": 512, **limits})
+    wanted = BatchLimits(**{"rows": 32, "tokens": 512, **limits})
     ends = frozenset([END])
     masks = TokenMasks(TOKENIZER, ends)
     return Batcher(model, runtime, wanted, lambda columns: columns, ends, 0, lambda *_: "", masks)
 
 
-def rows(**changes: Any) -> list[Row]:
+def rows(**changes: Any) -> list[PromptRow]:
     """Two texts by a schema, one choice and one free text, each with its own seed."""
     forms: list[Any] = [{"json": SCHEMA}, None, {"choice": ["yes", "no"]}, {"json": SCHEMA}]
     return [
-        Row(
+        PromptRow(
             tuple(range(20 + number, 26 + 2 * number)),
             SamplingParams(temperature=1.0, max_tokens=150 if form else 20, structured_outputs=form, **changes),
             seed=number,
@@ -76,7 +76,7 @@ def check(tokens: list[tuple[int, ...]]) -> None:
     assert TOKENIZER.decode(tokens[2], skip_special_tokens=True) in ("yes", "no")
 
 
-def made(batcher: Batcher, given: list[Row], runtime: Runtime | None = None) -> list[tuple[int, ...]]:
+def made(batcher: Batcher, given: list[PromptRow], runtime: Runtime | None = None) -> list[tuple[int, ...]]:
     return [output.rows[0][0] for output in outputs(batcher, given, runtime)]
 
 
@@ -87,7 +87,7 @@ def test_beside_free_texts(name: str) -> None:
     together = made(batcher_of(model, rows=4), rows())
     check(together)
     assert together == [made(batcher_of(model), [row])[0] for row in rows()]
-    free = [Row(row.prompt, SamplingParams(temperature=1.0, max_tokens=20), row.seed) for row in rows()]
+    free = [PromptRow(row.prompt, SamplingParams(temperature=1.0, max_tokens=20), row.seed) for row in rows()]
     assert made(batcher_of(model), free)[1] == together[1]
     assert made(batcher_of(model), free)[0] != together[0][:20]  # control
 
@@ -99,7 +99,7 @@ def test_pushed_out_and_continued() -> None:
     assert sum(output.preemptions for output in found) > 0
     assert [output.rows[0][0] for output in found] == expected
     half = [
-        Row(row.prompt, row.params, row.seed, tokens[: len(tokens) // 2])
+        PromptRow(row.prompt, row.params, row.seed, tokens[: len(tokens) // 2])
         for row, tokens in zip(rows(), expected, strict=True)
     ]
     assert made(batcher_of(model), half) == expected
@@ -120,9 +120,9 @@ def test_a_grammar_that_fails_ends_its_request_alone(number: int) -> None:
     expected = made(batcher_of(model), rows())
     batcher = batcher_of(model)
     row = rows()[0]
-    wrong = Row(row.prompt, row.params, row.seed, tuple(TOKENIZER("xx")["input_ids"][:number]))
+    wrong = PromptRow(row.prompt, row.params, row.seed, tuple(TOKENIZER("xx")["input_ids"][:number]))
     broken = SamplingParams(max_tokens=9, structured_outputs={"json": {"$ref": "#"}})  # type: ignore[arg-type]
-    found = outputs(batcher, [wrong if number else Row(row.prompt, broken, 0), *rows()])
+    found = outputs(batcher, [wrong if number else PromptRow(row.prompt, broken, 0), *rows()])
     assert found[0].error is not None
     assert "no token of the model fits it" in found[0].error
     assert [output.rows[0][0] for output in found[1:]] == expected
@@ -145,7 +145,7 @@ def test_a_panic_ends_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None
         return TokenMask(Panicking(), width) if given.given == form else begin(self, given, width)
 
     monkeypatch.setattr(TokenMasks, "begin", broken)
-    wrong = Row((5, 6), SamplingParams(max_tokens=9, structured_outputs=form), 0)  # type: ignore[arg-type]
+    wrong = PromptRow((5, 6), SamplingParams(max_tokens=9, structured_outputs=form), 0)  # type: ignore[arg-type]
     found = outputs(batcher_of(model), [wrong, *rows()])
     assert "no token of the model fits it" in str(found[0].error)
     assert [output.rows[0][0] for output in found[1:]] == expected
@@ -157,7 +157,7 @@ def over_ranks(rank: int, count: int, method: str, config: DiffusionParallelConf
     runtime = Runtime.of(mesh, split_batch=False)
     shard_decoder(model, runtime, lay_out_decoder(model, config), config)
     batcher = batcher_of(model, runtime, rows=2, groups=2)
-    broken = Row((5, 6), SamplingParams(structured_outputs={"json": {"$ref": "#"}}), 0)  # type: ignore[arg-type]
+    broken = PromptRow((5, 6), SamplingParams(structured_outputs={"json": {"$ref": "#"}}), 0)  # type: ignore[arg-type]
     found = outputs(batcher, [*rows(), broken], runtime)
     return [output.rows[0][0] for output in found[:-1]], found[-1].error, made(batcher_of(plain), rows())
 
@@ -174,7 +174,7 @@ def test_after_a_prompt_that_is_known() -> None:
     """The state of a grammar begins behind the prompt, whether its keys are computed or kept."""
     batcher = batcher_of(model_of("llama"))
     params = SamplingParams(temperature=1.0, max_tokens=150, structured_outputs={"json": SCHEMA})  # type: ignore[arg-type]
-    row = Row(tuple(range(20, 70)), params, seed=3)
+    row = PromptRow(tuple(range(20, 70)), params, seed=3)
     first, second = made(batcher, [row]), made(batcher, [row])
     assert first == second
     assert batcher.prefixes.hits == 1

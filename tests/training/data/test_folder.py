@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from shardit.errors import InputError
-from shardit.training.data.items import Found
+from shardit.training.data.items import FoundItems
 from shardit.training.data.media import Reading
 from shardit.training.data.sources.find import find_items
 from tests.training.data.files import folder, picture
@@ -19,7 +19,7 @@ from tests.training.data.files import folder, picture
 MEDIA = ("a.jpg", "a.png", "a.b.jpg", "a.c.jpg", "a.mp4")
 
 
-def found(root: Path) -> Found:
+def found(root: Path) -> FoundItems:
     return find_items(str(root))
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from shardit.errors import InputError
 from shardit.training.data.dataset import open_dataset
-from shardit.training.data.items import Found
+from shardit.training.data.items import FoundItems
 from shardit.training.data.sources.find import find_items
 from shardit.training.settings import TrainSettings
 from tests.training.data.files import PICTURES, folder
@@ -27,7 +27,7 @@ def rows(root: Path, *lines: Any, files: tuple[str, ...] = ("a.png", "in/b.png",
     return path
 
 
-def found(path: Path) -> Found:
+def found(path: Path) -> FoundItems:
     return find_items(str(path))
 
 

@@ -18,7 +18,7 @@ from shardit.core.comm.mesh import Mesh, axis_sizes
 from shardit.models import tiny
 from shardit.training.diffusion.recipe import recipe
 from shardit.training.evaluation import evaluation_mode
-from shardit.training.recipe import Recipe
+from shardit.training.recipe import TrainingRecipe
 from shardit.training.settings import TrainSettings
 from tests.pipelines import parts
 from tests.pipelines.of_stable_diffusion_base import components
@@ -87,12 +87,12 @@ def alone() -> Mesh:
     return Mesh(axis_sizes(DiffusionParallelConfig()), 0, place, group.timeout, group, group, group)
 
 
-def recipe_of(name: str, output: Path | str | None, **more: Any) -> Recipe:
+def recipe_of(name: str, output: Path | str | None, **more: Any) -> TrainingRecipe:
     """Return the recipe of one rank."""
     return recipe(settings_of(name, output, **more), alone())
 
 
-def samples_of(made: Recipe, folder: Path) -> list[Path]:
+def samples_of(made: TrainingRecipe, folder: Path) -> list[Path]:
     """Write samples as a run does; return their files."""
     assert made.sample is not None
     with evaluation_mode(made.models, torch.device("cpu")):

@@ -15,15 +15,15 @@ from shardit.config import DiffusionParallelConfig
 from shardit.core.comm.group import GroupCoordinator
 from shardit.core.comm.mesh import init_mesh
 from shardit.training.diffusion import samples
-from shardit.training.diffusion.cache import Cache, Entry
+from shardit.training.diffusion.cache import Entry, SampleCache
 from shardit.training.diffusion.recipe import recipe
-from shardit.training.recipe import MicroBatch, Recipe
+from shardit.training.recipe import MicroBatch, TrainingRecipe
 from tests.training.diffusion.folders import samples_of, settings_of, stir
 from tests.training.models import accumulate, worst
 from tests.training.runs import join
 
 
-def staged_recipe(name: str, folder: str, size: int, **more: Any) -> Recipe:
+def staged_recipe(name: str, folder: str, size: int, **more: Any) -> TrainingRecipe:
     """The recipe on one of `size` stages."""
     mesh = init_mesh(DiffusionParallelConfig(pipeline_parallel_size=size))
     made = recipe(settings_of(name, folder, **more), mesh)
@@ -114,7 +114,7 @@ def shared_cache(rank: int, size: int, method: str) -> dict[str, Any]:
     join(rank, size, method)
     ranks = GroupCoordinator.of_mesh(init_mesh(DiffusionParallelConfig(pipeline_parallel_size=size)))["world"]
     folder = ranks.broadcast_object(tempfile.mkdtemp() if rank == 0 else None)
-    cache, calls = Cache(Path(folder)), []
+    cache, calls = SampleCache(Path(folder)), []
     entries = [Entry("latents", {"item": number}, f"item-{number}") for number in range(8)]
 
     def make(entry: Entry) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from shardit import InputError
 from shardit.training.diffusion import sized
-from shardit.training.diffusion.cache import Cache, Entry, digest_of_files
+from shardit.training.diffusion.cache import Entry, SampleCache, digest_of_files
 from tests.support.ranks import run_ranks
 from tests.training.diffusion.folders import alone, recipe_of
 from tests.training.diffusion.runs import shared_cache
@@ -30,7 +30,7 @@ def made(entry: Entry) -> dict[str, torch.Tensor]:
 
 
 def test_an_entry_is_made_once_and_knows_what_it_is_of(tmp_path: Path) -> None:
-    cache, calls = Cache(tmp_path), []
+    cache, calls = SampleCache(tmp_path), []
 
     def make(entry: Entry) -> dict[str, torch.Tensor]:
         calls.append(entry.name)
@@ -47,7 +47,7 @@ def test_an_entry_is_made_once_and_knows_what_it_is_of(tmp_path: Path) -> None:
 
 
 def test_a_damaged_or_foreign_entry_is_made_again(tmp_path: Path) -> None:
-    cache, (one, other) = Cache(tmp_path), entries("a", "b")
+    cache, (one, other) = SampleCache(tmp_path), entries("a", "b")
     cache.fill([one, other], made, RANKS)
     whole = cache.path(one).read_bytes()
     for contents in (whole[:-4], b"", cache.path(other).read_bytes()):
@@ -65,7 +65,7 @@ def test_an_error_names_the_item_and_leaves_nothing(tmp_path: Path) -> None:
         return made(entry)
 
     with pytest.raises(InputError, match=r"latents of b cannot be made \(OSError: disk full\)"):
-        Cache(tmp_path).fill(entries("b"), make, RANKS)
+        SampleCache(tmp_path).fill(entries("b"), make, RANKS)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from shardit.training.language.batches import IGNORED, Batches, padded_length
+from shardit.training.language.batches import IGNORED, LanguageBatches, padded_length
 from shardit.training.language.examples import Example
 
 
@@ -17,8 +17,10 @@ def example(name: str, length: int) -> Example:
     return Example(name, ids, torch.ones(length, dtype=torch.bool))
 
 
-def made(count: int = 11, batch_size: int = 4, repeats: int = 1, seed: int = 0) -> Batches:
-    return Batches([example(f"a:{n}", 3 + n % 9) for n in range(count)], batch_size, repeats, seed, 100, padding=1)
+def made(count: int = 11, batch_size: int = 4, repeats: int = 1, seed: int = 0) -> LanguageBatches:
+    return LanguageBatches(
+        [example(f"a:{n}", 3 + n % 9) for n in range(count)], batch_size, repeats, seed, 100, padding=1
+    )
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4, 16])
@@ -68,7 +70,7 @@ def test_like_lengths_share_a_micro_batch() -> None:
 
 def test_padding_is_masked_by_position() -> None:
     """The token for padding is the end token, which is a label at the end of each example."""
-    batches = Batches([example("a:1", 3), example("a:2", 12)], 2, 1, 0, 100, padding=1)
+    batches = LanguageBatches([example("a:1", 3), example("a:2", 12)], 2, 1, 0, 100, padding=1)
     batch = batches.numbered(0)
     assert batch.data["ids"].shape == (2, 16)
     by_name = dict(zip(batch.items, batch.data["labels"].tolist(), strict=True))
@@ -82,4 +84,4 @@ def test_lengths_are_few_and_near() -> None:
     lengths = [padded_length(length) for length in range(1, 4097)]
     assert all(length <= padded <= max(length + 7, length * 9 / 8 + 1) for length, padded in enumerate(lengths, 1))
     assert len(set(lengths)) < 60
-    assert Batches([example("a:1", 99)], 1, 1, 0, 99, 1).numbered(0).data["ids"].shape == (1, 99)
+    assert LanguageBatches([example("a:1", 99)], 1, 1, 0, 99, 1).numbered(0).data["ids"].shape == (1, 99)

@@ -8,7 +8,7 @@ import pytest
 
 from shardit import InputError
 from shardit.training.language.examples import Encoder, Example, begin_conversations
-from shardit.training.language.rows import Row
+from shardit.training.language.rows import TrainingRow
 from tests.training.language.tokenizers import (
     BEGIN,
     BEGUN,
@@ -22,10 +22,10 @@ from tests.training.language.tokenizers import (
 )
 
 
-def chat(*contents: str) -> Row:
+def chat(*contents: str) -> TrainingRow:
     """A conversation in which user and assistant take turns."""
     roles = ("user", "assistant")
-    return Row("a:1", messages=[{"role": roles[n % 2], "content": one} for n, one in enumerate(contents)])
+    return TrainingRow("a:1", messages=[{"role": roles[n % 2], "content": one} for n, one in enumerate(contents)])
 
 
 def shown(tokens: Any, example: Example) -> tuple[str, str]:
@@ -38,7 +38,7 @@ def shown(tokens: Any, example: Example) -> tuple[str, str]:
 @pytest.mark.parametrize("text", ["abc", f"abc{END}", f"abc{END}{END}", f"{BEGIN}abc"])
 def test_a_text_has_one_begin_token_and_one_end_token(text: str, begins: bool) -> None:
     tokens = tokenizer(begins=begins)
-    (example,) = Encoder(tokens, 100).examples([Row("a:1", text)])
+    (example,) = Encoder(tokens, 100).examples([TrainingRow("a:1", text)])
     begin = BEGIN if begins or text.startswith(BEGIN) else ""
     assert shown(tokens, example) == (f"{begin}abc{END}", f"{begin}abc{END}")
     assert example.labels == len(example.ids) - 1  # nothing predicts the first one
@@ -84,7 +84,7 @@ def test_a_template_without_a_begin_token_gets_one_where_texts_have_one() -> Non
 def test_long_rows_are_cut_and_rows_without_labels_are_left_out() -> None:
     tokens = tokenizer(MARKED)
     encoder = Encoder(tokens, 7)
-    rows = [Row("a:1", "abcdefgh"), Row("a:2", "abc"), chat("hello", "no"), chat("h", "yes"), chat("a")]
+    rows = [TrainingRow("a:1", "abcdefgh"), TrainingRow("a:2", "abc"), chat("hello", "no"), chat("h", "yes"), chat("a")]
     found = encoder.examples(rows)
     assert [shown(tokens, one) for one in found] == [
         ("<s>abcdef", "<s>abcdef"),  # not at its end, so it has no end token
@@ -99,8 +99,8 @@ def test_what_a_template_refuses_is_an_error_with_file_and_line() -> None:
     for template, row, part in (
         ("{{ raise_exception('no system here') }}", chat("a"), "a:1: the chat template refuses"),
         (None, chat("a"), "a:1: the tokenizer has no chat template"),
-        (MARKED, Row("a:1", messages=[{"role": "user"}]), "a:1: messages[0] must have content"),
-        (MARKED, Row("a:1", messages=["hi"]), "a:1: messages[0] must be"),
+        (MARKED, TrainingRow("a:1", messages=[{"role": "user"}]), "a:1: messages[0] must have content"),
+        (MARKED, TrainingRow("a:1", messages=["hi"]), "a:1: messages[0] must be"),
     ):
         with pytest.raises(InputError) as error:
             Encoder(tokenizer(template), 100).examples([row])

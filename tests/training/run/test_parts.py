@@ -16,7 +16,7 @@ from torch import nn
 
 from shardit import InputError
 from shardit.config import DiffusionParallelConfig
-from shardit.training.recipe import Recipe
+from shardit.training.recipe import TrainingRecipe
 from shardit.training.run.report import Report, cut
 from shardit.training.run.resume import compare, record_of
 from shardit.training.run.steps.average import Average
@@ -223,7 +223,7 @@ def test_an_average_is_swapped_in_and_out() -> None:
 def record(replicas: int = 1, identity: dict[str, Any] | None = None, **given: Any) -> dict[str, Any]:
     def none(*_: Any) -> Any: ...
 
-    recipe = Recipe({}, none, none, 1.0, identity or {"texts": 3}, none)
+    recipe = TrainingRecipe({}, none, none, 1.0, identity or {"texts": 3}, none)
     return record_of(TrainSettings(**given), DiffusionParallelConfig(data_parallel_size=replicas), recipe)
 
 

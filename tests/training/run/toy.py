@@ -15,7 +15,7 @@ from torch import nn
 
 from shardit.core.comm.mesh import Mesh
 from shardit.errors import InputError
-from shardit.training.recipe import MicroBatch, Recipe
+from shardit.training.recipe import MicroBatch, TrainingRecipe
 from shardit.training.run import checkpoint
 from shardit.training.settings import TrainSettings
 from tests.language import families
@@ -41,11 +41,11 @@ class Toy:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad = "layers.3." in name
 
-    def recipe(self) -> Recipe:
+    def recipe(self) -> TrainingRecipe:
         """Return the recipe."""
         epoch = len(self.epoch(0))
         together = self.settings.accumulation * self.mesh.sizes["dp"]
-        return Recipe(
+        return TrainingRecipe(
             models=self.models,
             loss=self.loss,
             micro_batches=self.micro_batches,
@@ -161,6 +161,6 @@ def save(stages: Mapping[str, Any], folder: Path) -> None:
         one.save_pretrained(folder / name)
 
 
-def recipe(settings: TrainSettings, mesh: Mesh) -> Recipe:
+def recipe(settings: TrainSettings, mesh: Mesh) -> TrainingRecipe:
     """The recipe, as modules of kinds of models have it."""
     return Toy(settings, mesh).recipe()

@@ -18,20 +18,20 @@ def span(size: tuple[int, ...], stride: tuple[int, ...]) -> int:
 
 
 @dataclass(frozen=True)
-class Layout:
+class MessageLayout:
     """The layout of one message: (offset, size) in bytes for each part, and the total size."""
 
     parts: tuple[tuple[int, int], ...]
     total: int
 
 
-def pack_layout(sizes: tuple[int, ...]) -> Layout:
+def pack_layout(sizes: tuple[int, ...]) -> MessageLayout:
     """Lay out parts of the given sizes (bytes) one after the other, aligned; one part alone needs no padding."""
     parts, offset = [], 0
     for size in sizes:
         parts.append((offset, size))
         offset += -(-size // ALIGN) * ALIGN if len(sizes) > 1 else size
-    return Layout(tuple(parts), offset)
+    return MessageLayout(tuple(parts), offset)
 
 
 def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -72,7 +72,7 @@ def view_near(
 def dump_with_tensors(value: Any) -> tuple[bytes, list[torch.Tensor]]:
     """Pickle any object with its tensors taken out; return the tensors in the order of their numbers."""
     out = io.BytesIO()
-    pickler = _Pickler(out)
+    pickler = _TensorPickler(out)
     pickler.dump(value)
     return out.getvalue(), pickler.tensors
 
@@ -83,7 +83,7 @@ def load_with_tensors(data: bytes, tensors: list[torch.Tensor]) -> Any:
 
 
 # Not local classes: a class is part of a reference cycle, which would keep the tensors until it is collected.
-class _Pickler(pickle.Pickler):
+class _TensorPickler(pickle.Pickler):
     def __init__(self, out: io.BytesIO):
         super().__init__(out, protocol=5)
         self.tensors: list[torch.Tensor] = []

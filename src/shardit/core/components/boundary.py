@@ -27,7 +27,7 @@ from shardit.core.modules.hooks import hooks_below
 from shardit.core.modules.patching import SWAPPED, fixed_device_to, subclass_in_place
 from shardit.core.runtime.digests import named
 from shardit.core.runtime.no_gradients import refuse_gradients
-from shardit.core.runtime.pending import PendingTensor, Source, is_read_parameter, materialize
+from shardit.core.runtime.pending import PendingSource, PendingTensor, is_read_parameter, materialize
 from shardit.core.runtime.randomness import GENERATORS
 from shardit.errors import UnsupportedError
 
@@ -314,7 +314,7 @@ def _unreadable(tensor: torch.Tensor, error: Exception) -> torch.Tensor:
         raise error
 
     with torch._C.DisableTorchFunctionSubclass():
-        out = Source(refuse).wrap(tensor.detach().as_subclass(torch.Tensor))
+        out = PendingSource(refuse).wrap(tensor.detach().as_subclass(torch.Tensor))
     out._is_param = isinstance(tensor, nn.Parameter)  # pyright: ignore[reportAttributeAccessIssue]
     return out
 

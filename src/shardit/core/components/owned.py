@@ -27,7 +27,7 @@ from shardit.core.components.containers import Changes, Containers
 from shardit.core.modules.attributes import Attributes, Found
 from shardit.core.modules.patching import set_tensor
 from shardit.core.modules.small_tensors import ReplicatedTensors
-from shardit.core.runtime.pending import PendingTensor, Source, materialize
+from shardit.core.runtime.pending import PendingSource, PendingTensor, materialize
 from shardit.core.runtime.randomness import Generator, generators_in, moved, set_states, states
 from shardit.core.runtime.versions import changed, mark
 from shardit.errors import UnsupportedError
@@ -154,7 +154,7 @@ def lazy_tensor(
     return out
 
 
-class LazyBroadcast(Source):
+class LazyBroadcast(PendingSource):
     """Data of one or more ranks, broadcast to all when the program first uses it.
 
     First use is at the same point on every rank, so the broadcast needs no agreement, and unused data is never sent.

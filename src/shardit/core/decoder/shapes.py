@@ -27,7 +27,7 @@ PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
 
 
 @dataclass(frozen=True)
-class Leaf:
+class DecoderLeaf:
     """A leaf of a block's result: a new tensor (`dims`: for each dim everything that its length may be), the argument
     number `arg`, or a plain value. order: the dims from the outermost in memory to the innermost."""
 
@@ -44,7 +44,7 @@ class Returned:
     length that no argument has may be a constant, or that of a cache, which the second call shows."""
 
     spec: TreeSpec
-    leaves: tuple[Leaf, ...]
+    leaves: tuple[DecoderLeaf, ...]
     writes: tuple[int, ...] = ()
     calls: int = 1
 
@@ -64,11 +64,11 @@ class Returned:
         return [None if leaf.dims is None else _look(leaf, size) for leaf, size in zip(self.leaves, sizes, strict=True)]
 
 
-def _returned_as(example: Any, leaves: tuple[Leaf, ...], writes: tuple[int, ...], calls: int) -> Returned:
+def _returned_as(example: Any, leaves: tuple[DecoderLeaf, ...], writes: tuple[int, ...], calls: int) -> Returned:
     return Returned(tree_flatten(example)[1], leaves, writes, calls)
 
 
-def _look(leaf: Leaf, size: Sequence[int]) -> Look:
+def _look(leaf: DecoderLeaf, size: Sequence[int]) -> Look:
     assert leaf.dtype is not None
     return torch.Size(size), strides(tuple(size), leaf.order), 0, leaf.dtype
 
@@ -93,15 +93,15 @@ def describe(name: str, out: Any, arguments: Sequence[Any], writes: tuple[int, .
     return Returned(spec, tuple(_leaf(name, leaf, arguments) for leaf in leaves), writes)
 
 
-def _leaf(name: str, value: Any, arguments: Sequence[Any]) -> Leaf:
+def _leaf(name: str, value: Any, arguments: Sequence[Any]) -> DecoderLeaf:
     if not isinstance(value, PLAIN):
         for number, argument in enumerate(arguments):
             if argument is value:
-                return Leaf(arg=number)
+                return DecoderLeaf(arg=number)
     if isinstance(value, torch.Tensor):
-        return Leaf(tuple(_candidates(length, arguments) for length in value.shape), value.dtype, _order(value))
+        return DecoderLeaf(tuple(_candidates(length, arguments) for length in value.shape), value.dtype, _order(value))
     if isinstance(value, PLAIN) and not isinstance(value, float):
-        return Leaf(value=value)
+        return DecoderLeaf(value=value)
     raise UnsupportedError(f"{name} returns a {type(value).__name__}, which other ranks cannot know")
 
 
@@ -130,7 +130,7 @@ def without_gaps(out: Any, arguments: Sequence[Any]) -> Any:
 def narrowed(known: Returned, found: Returned) -> Returned:
     """Return the common part of two calls of a structure. Raises ValueError if they are of different kinds."""
 
-    def kind(leaf: Leaf) -> Any:
+    def kind(leaf: DecoderLeaf) -> Any:
         return leaf if leaf.dims is None else (leaf.dtype, leaf.order, len(leaf.dims))
 
     same = (known.spec, known.writes) == (found.spec, found.writes)
@@ -139,7 +139,7 @@ def narrowed(known: Returned, found: Returned) -> Returned:
     leaves = [
         one
         if one.dims is None or other.dims is None
-        else Leaf(tuple(a & b for a, b in zip(one.dims, other.dims, strict=True)), one.dtype, one.order)
+        else DecoderLeaf(tuple(a & b for a, b in zip(one.dims, other.dims, strict=True)), one.dtype, one.order)
         for one, other in zip(known.leaves, found.leaves, strict=True)
     ]
     return Returned(known.spec, tuple(leaves), known.writes, known.calls + 1)
@@ -186,7 +186,7 @@ def fits(out: Any, writes: tuple[int, ...], known: Returned | None, expected: Lo
     return True
 
 
-def _as_known(tensor: torch.Tensor, leaf: Leaf) -> bool:
+def _as_known(tensor: torch.Tensor, leaf: DecoderLeaf) -> bool:
     return tensor.dtype == leaf.dtype and _dense(tensor, leaf.order)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from shardit.core.comm.p2p import Comm, Transfer
 from shardit.core.comm.wire import ALIGN, first_byte, span, storage_bytes, view_bytes
-from shardit.core.runtime.pending import Source
+from shardit.core.runtime.pending import PendingSource
 
 
 class TensorExchange:
@@ -51,7 +51,7 @@ class TensorExchange:
             return tensor
         message, transfer = self._post(tensor, source, pending=True)
         self._others_turn()
-        return Source(lambda: self._take(transfer)).wrap(message)
+        return PendingSource(lambda: self._take(transfer)).wrap(message)
 
     def _send(self, tensor: torch.Tensor, ranks: frozenset[int], pending: bool = False) -> None:
         message = tensor.detach().clone(memory_format=torch.contiguous_format)  # it may be written to

@@ -16,7 +16,7 @@ from shardit.core.modules.hints import Plan
 from shardit.core.modules.small_tensors import small_tensors
 from shardit.core.modules.units import Unit, find_units
 from shardit.core.placement.balance import WHOLE_SHARE, LayerOwners, Loads, distribute
-from shardit.core.placement.partition import Placement, automatic_chunks, block_cost, place_blocks
+from shardit.core.placement.partition import ChunkPlacement, automatic_chunks, block_cost, place_blocks
 from shardit.core.placement.roles import Roles
 from shardit.errors import UnsupportedError
 
@@ -26,7 +26,7 @@ class Cut:
     """A transformer over the stages: its block names in execution order, and their placement."""
 
     blocks: tuple[str, ...]
-    placement: Placement
+    placement: ChunkPlacement
     plan: Plan | None = None
 
 
@@ -101,15 +101,15 @@ def assign_blocks(
     blocks = find_blocks(model, plan)
     pp_size, name = config.pipeline_parallel_size, type(model).__name__
     if not blocks and pp_size == 1:
-        return Cut((), Placement((), 1), plan), idle_chunks(config)
+        return Cut((), ChunkPlacement((), 1), plan), idle_chunks(config)
     if not blocks:
         raise UnsupportedError(f"{name} has no block lists, so it cannot be cut; use pipeline_parallel_size=1")
     names = tuple(n for n, _ in blocks)
     partition = fitting_partition(config, environ, len(blocks))
     if partition is None and pp_size == 1:
-        return Cut(names, Placement((len(names),), 1), plan), idle_chunks(config)
+        return Cut(names, ChunkPlacement((len(names),), 1), plan), idle_chunks(config)
     if partition is not None:
-        return Cut(names, Placement(tuple(partition), pp_size), plan), idle_chunks(config)
+        return Cut(names, ChunkPlacement(tuple(partition), pp_size), plan), idle_chunks(config)
     wanted = config.pipeline_chunks or automatic_chunks(len(blocks), pp_size, in_flight)
     placement = place_blocks([block_cost(block) for _, block in blocks], pp_size, wanted)
     note = None

@@ -93,7 +93,7 @@ def bound(micro_batches: int, pp_size: int, chunks: int) -> float:
 
 
 @dataclass(frozen=True)
-class Placement:
+class ChunkPlacement:
     """Sizes of the chunks in execution order; chunk c belongs to stage c % pp_size."""
 
     sizes: tuple[int, ...]
@@ -111,14 +111,14 @@ class Placement:
 
 def place_blocks(
     costs: Sequence[float], pp_size: int, chunks: int, partition: Sequence[int] | None = None
-) -> Placement:
+) -> ChunkPlacement:
     """Place the blocks of one transformer.
 
     `partition` (already checked) gives the sizes of all chunks; otherwise cost is balanced over `chunks` x `pp_size`
     runs, with fewer chunks if there are too few blocks. Raises UnsupportedError with fewer blocks than stages.
     """
     if partition is not None:
-        return Placement(tuple(partition), pp_size)
+        return ChunkPlacement(tuple(partition), pp_size)
     check_stages(pp_size, len(costs))
     chunks = max(1, min(chunks, len(costs) // pp_size))
-    return Placement(tuple(balanced_cuts(costs, chunks * pp_size)), pp_size)
+    return ChunkPlacement(tuple(balanced_cuts(costs, chunks * pp_size)), pp_size)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from shardit.core.comm.wire import Layout, pack_layout, span
+from shardit.core.comm.wire import MessageLayout, pack_layout, span
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Address:
 
 
 @dataclass(frozen=True)
-class Item:
+class HopItem:
     """One storage that crosses a hop: its address, its range of bytes, and whether the sender must copy it.
 
     start, size: the range of bytes, counted from the first element of the tensor at `address`: on a receiver that
@@ -92,8 +92,8 @@ class Hop:
 
     source: int
     target: int
-    items: tuple[Item, ...]
-    layout: Layout
+    items: tuple[HopItem, ...]
+    layout: MessageLayout
     pause: int
 
 
@@ -104,7 +104,7 @@ class ResultPlan:
 
     spec: Any = field(compare=False)
     leaves: tuple[Leaf, ...]
-    layout: Layout
+    layout: MessageLayout
     parts: tuple[int, ...]
 
     @staticmethod

@@ -16,13 +16,13 @@ from shardit.core.modules.block_calls import BlockCalls
 from shardit.core.plans.call_plan import CallPlan, Site, describe_result
 from shardit.core.plans.derive import derive
 from shardit.core.plans.stand_ins import blank, stand_ins
-from shardit.core.plans.trace import Trace, Watch
+from shardit.core.plans.trace import Trace, TraceContext
 from shardit.core.runtime.flat_call import FlatCall, describe_leaf
 from shardit.core.runtime.randomness import generators_kept
 from shardit.errors import RankError
 
 
-class Differs(BaseException):
+class CourseMismatch(BaseException):
     """Leaves a forward that does not follow the plan. Not an Exception: models may catch those."""
 
 
@@ -31,7 +31,7 @@ def expected_site(sites: Sequence[Site], number: int, index: int, arguments: lis
     arguments."""
     site = sites[number] if number < len(sites) else None
     if site is None or (site.block, site.given) != (index, tuple(map(describe_leaf, arguments))):
-        raise Differs
+        raise CourseMismatch
     return site
 
 
@@ -44,7 +44,7 @@ class DryCall:
     def __init__(self, plan: CallPlan, device: torch.device):
         self.plan, self.device = plan, device
         self.trace = Trace()
-        self._watch = Watch(self.trace, lambda tensor: tensor)
+        self._watch = TraceContext(self.trace, lambda tensor: tensor)
 
     def fits(self, calls: BlockCalls, forward: Callable[..., Any], call: FlatCall) -> bool:
         """Return whether the plan is valid for this call. Sends nothing."""
@@ -57,7 +57,7 @@ class DryCall:
             return len(self.trace.sites) == len(self.plan.sites) and found.digest() == self.plan.digest()
         except (RankError, MemoryError, torch.OutOfMemoryError):
             raise
-        except (Exception, Differs):  # the first call follows and reports the error, if there is one
+        except (Exception, CourseMismatch):  # the first call follows and reports the error, if there is one
             return False
 
     def block_call(self, index: int, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from shardit.core.comm.wire import ALIGN, pack_layout
-from shardit.core.plans.call_plan import Address, CallPlan, Hop, Item, Leaf, ResultPlan, segments_of
+from shardit.core.plans.call_plan import Address, CallPlan, Hop, HopItem, Leaf, ResultPlan, segments_of
 from shardit.core.plans.trace import Event, Trace
 from shardit.errors import UnsupportedError
 
@@ -182,7 +182,7 @@ def _hops(course: _Course, carried: list[list[_Carried]]) -> tuple[Hop, ...]:
             # The sender's memory can be sent without a copy only if nothing writes to it afterwards.
             copy = any(after > last for after in writes)
             place = start - trace.places[address]
-            items.append(Item(address, place, stop - start, fresh, copy, item.taken, item.placed))
+            items.append(HopItem(address, place, stop - start, fresh, copy, item.taken, item.placed))
         hops.append(Hop(course.owner[k], target, tuple(items), pack_layout(tuple(i.size for i in items)), pause))
     return tuple(hops)
 

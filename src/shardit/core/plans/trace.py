@@ -208,7 +208,7 @@ class HostReads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class Watch:
+class TraceContext:
     """Context manager that records the operations of a forward outside blocks in a `Trace`. `fetch` is as for
     `Recorder`."""
 

@@ -26,7 +26,7 @@ from shardit.core.modules.blocks import CutModel, inner_tensors
 from shardit.core.modules.patching import set_tensor
 from shardit.core.plans.call_plan import CallPlan, Leaf, Site, describe_result
 from shardit.core.plans.derive import derive
-from shardit.core.plans.trace import Trace, Watch
+from shardit.core.plans.trace import Trace, TraceContext
 from shardit.core.runtime.flat_call import FlatCall, describe_leaf
 from shardit.core.runtime.randomness import States, moved, states
 from shardit.core.runtime.storages import storage_key
@@ -45,7 +45,7 @@ class TracedCall:
     def __init__(self, cut: CutModel, comm: Comm, look: Callable[[], None] = lambda: None, trace: Trace | None = None):
         self.cut, self.owners, self.blocks, self.comm = cut, cut.owners, cut.blocks, comm
         self.trace = Trace() if trace is None else trace
-        self.watch = Watch(self.trace, self._fetch)
+        self.watch = TraceContext(self.trace, self._fetch)
         self._inner = inner_tensors(cut.model, cut.blocks)
         self._fetched: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.drawn: States = {}

@@ -9,7 +9,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from shardit.core.runtime.flat_call import FlatCall
-from shardit.core.runtime.pending import PendingTensor, Source
+from shardit.core.runtime.pending import PendingSource, PendingTensor
 
 CLOSE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 """Largest relative L2 difference between a batch run whole and run by sample."""
@@ -114,7 +114,7 @@ def _merge_leaf(pieces: list[Any]) -> Any:
     if not any(isinstance(piece, PendingTensor) for piece in pieces):
         fill()
         return buffer
-    return Source(fill).wrap(buffer)
+    return PendingSource(fill).wrap(buffer)
 
 
 def close(whole: Any, merged: Any) -> bool:

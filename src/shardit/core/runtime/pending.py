@@ -90,7 +90,7 @@ VIEWS = {
 """Operations that only view the same memory in another way; `reshape` and indexing do so in most cases."""
 
 
-class Source:
+class PendingSource:
     """The source of pending tensors. `materialize` fills their memory; after it they are plain tensors."""
 
     def __init__(self, materialize: Callable[[], None]):
@@ -127,9 +127,9 @@ class Source:
 
 
 class PendingTensor(torch.Tensor):
-    """A tensor whose memory is filled later. Not made directly: see `Source.wrap`."""
+    """A tensor whose memory is filled later. Not made directly: see `PendingSource.wrap`."""
 
-    _source: Source
+    _source: PendingSource
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -9,12 +9,12 @@ import torch
 
 from shardit.core.comm.p2p import Comm, Transfer
 from shardit.core.comm.wire import first_byte, storage_bytes, view_bytes
-from shardit.core.plans.call_plan import Address, Item, Leaf
+from shardit.core.plans.call_plan import Address, HopItem, Leaf
 from shardit.core.plans.local_plan import LocalPlan
 from shardit.core.plans.stand_ins import blank, is_float
 
 
-class Carried:
+class CarriedTensors:
     """The part of one rank. poison: NaN in all memory that has not been filled."""
 
     def __init__(self, local: LocalPlan, comm: Comm, poison: bool):
@@ -118,6 +118,6 @@ class Carried:
                 message[offset : offset + size].zero_()
         return self._messages[k]
 
-    def _memory(self, item: Item) -> torch.Tensor:
+    def _memory(self, item: HopItem) -> torch.Tensor:
         handle = self._handles[item.address]
         return storage_bytes(handle, first_byte(handle) + item.start, item.size)

@@ -64,7 +64,7 @@ def pipeline_entry(
     return __call__
 
 
-class Entry:
+class ModelEntry:
     """The interceptor of the calls of a model, outside all others. run: makes a call, given the model's own `__call__`;
     None: as the model does itself."""
 
@@ -125,6 +125,6 @@ class Entry:
                 self._known.pop(next(iter(self._known)))
 
 
-def entry_of(model: nn.Module) -> Entry:
+def entry_of(model: nn.Module) -> ModelEntry:
     """Return the entry of a model; it gets one if it has none."""
-    return getattr(model, "shardit_entry", None) or Entry(model)
+    return getattr(model, "shardit_entry", None) or ModelEntry(model)

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from shardit.core.comm.p2p import Transfer
 from shardit.core.plans.call_plan import CallPlan
-from shardit.core.runtime.pending import Source
+from shardit.core.runtime.pending import PendingSource
 from shardit.core.runtime.program import Flight
 from shardit.core.stages.result import Result, Route
 from shardit.errors import InputError
@@ -56,7 +56,7 @@ class RemoteCall:
 
 
 @dataclass
-class Step:
+class GuidanceStep:
     """The calls of the present step of one request, and what the step before it had.
 
     assigned: pieces that were given to a replica. calls: since a result was last waited for. samples: of the last one.
@@ -79,7 +79,7 @@ class GuidanceScheduler:
     size: int
     index: int
     rank: int
-    steps: WeakKeyDictionary[Any, Step] = field(default_factory=WeakKeyDictionary)
+    steps: WeakKeyDictionary[Any, GuidanceStep] = field(default_factory=WeakKeyDictionary)
     warned: bool = False
 
     def begin(self, program: object) -> None:
@@ -121,7 +121,7 @@ class GuidanceScheduler:
         """Wrap a finished result so that its first use still ends the step."""
         if self.size == 1:
             return out
-        source = Source(lambda: self.waits(program))
+        source = PendingSource(lambda: self.waits(program))
         return tree_map_only(torch.Tensor, source.wrap, out)
 
     def waits(self, program: object) -> None:
@@ -133,8 +133,8 @@ class GuidanceScheduler:
             if self.size > 1:
                 self._check(calls, step.samples)
 
-    def _step(self, program: object) -> Step:
-        return self.steps.setdefault(program, Step())
+    def _step(self, program: object) -> GuidanceStep:
+        return self.steps.setdefault(program, GuidanceStep())
 
     def _warn_idle(self) -> None:
         if not self.warned and self.rank == 0:

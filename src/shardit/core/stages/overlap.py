@@ -27,7 +27,7 @@ from shardit.core.runtime.pending import materialize
 from shardit.core.runtime.randomness import any_moved, moved, states, torch_states
 from shardit.core.runtime.versions import check_unchanged, inputs_of
 from shardit.core.runtime.yielding import looking, yielding_coroutine
-from shardit.core.stages.entry import Entry, inside
+from shardit.core.stages.entry import ModelEntry, inside
 from shardit.core.stages.first_call import object_in
 from shardit.core.stages.result import Result
 from shardit.core.stages.runtime import Runtime
@@ -192,7 +192,7 @@ def overlap(model: nn.Module, runtime: Runtime, scales: str = "", alone: bool = 
     """Let calls of a model be in flight together, in place. Its messages must `yield_while_waiting`. `scales`,
     `alone`: see Overlap."""
     calls = Overlap(model, runtime, scales, alone)
-    Entry(model, calls.call)
+    ModelEntry(model, calls.call)
 
     def end() -> None:
         if inside.get() is None:

@@ -13,7 +13,7 @@ from shardit.core.comm.mesh import Mesh
 from shardit.core.comm.p2p import Comm, Transfer
 from shardit.core.comm.wire import view_bytes
 from shardit.core.plans.call_plan import ResultPlan
-from shardit.core.runtime.pending import Source
+from shardit.core.runtime.pending import PendingSource
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Result:
         self.plan = plan
         # NaN until it is here: torch.tensor and its like look at a tensor's memory without asking the tensor.
         self.memory = torch.full((plan.layout.total,), 0xFF, dtype=torch.uint8, device=device)
-        self.source = Source(materialize)
+        self.source = PendingSource(materialize)
 
     def tree(self) -> Any:
         """Return the value that the caller gets."""

@@ -17,13 +17,13 @@ from shardit.core.runtime.coroutine import Coroutine
 from shardit.core.runtime.flat_call import FlatCall
 from shardit.core.runtime.randomness import any_moved, torch_states
 from shardit.core.runtime.versions import check_unchanged, inputs_of
-from shardit.core.stages.carried import Carried
+from shardit.core.stages.carried import CarriedTensors
 from shardit.core.stages.result import Result
 from shardit.core.stages.runtime import Runtime
 from shardit.errors import RankError
 
 
-class _Leave(BaseException):
+class _LeaveForward(BaseException):
     """Leaves a forward early, when this rank has run its last block. Not an Exception: models may catch those."""
 
 
@@ -54,7 +54,7 @@ class StagedCall:
         self._site = 0
         self._inputs = inputs_of(call.leaves)
         self._generators: list[Any] = []
-        self._carried = Carried(local, runtime.comm, poison)
+        self._carried = CarriedTensors(local, runtime.comm, poison)
         self._result = Result(self.plan.result, runtime.mesh.device, self._materialize)
         self._result_receive: Transfer | None = None
         self._coroutine = Coroutine(self._run)
@@ -147,7 +147,7 @@ class StagedCall:
         try:
             with torch.no_grad():
                 out = self._forward(*self._call.args, **self._call.kwargs)
-        except _Leave:
+        except _LeaveForward:
             return
         if self._site < len(self.plan.sites):
             raise RuntimeError(f"the forward ends after {self._site} of {len(self.plan.sites)} block calls")
@@ -205,7 +205,7 @@ class StagedCall:
         if ends is not None and ends < len(self.plan.hops):
             self._carried.send(ends)
             if ends >= self.local.last_own:
-                raise _Leave
+                raise _LeaveForward
         if n in self.local.pauses:
             self._coroutine.pause()  # until the schedule runs the segment after that hop
         self._carried.place(n)

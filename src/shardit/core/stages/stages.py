@@ -19,7 +19,7 @@ from shardit.core.plans.known_plans import KnownPlans
 from shardit.core.plans.local_plan import LocalPlan
 from shardit.core.runtime import microbatch
 from shardit.core.runtime.flat_call import FlatCall
-from shardit.core.stages.entry import Entry, Forward
+from shardit.core.stages.entry import Forward, ModelEntry
 from shardit.core.stages.first_call import FirstCalls
 from shardit.core.stages.guidance import RemoteCall
 from shardit.core.stages.runtime import Runtime
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Stages:
+class TransformerStages:
     """One transformer cut over the stages. scales: how names of arguments end that give the strength of adapters; ""
     for none. known: the plans of its calls."""
 
@@ -127,15 +127,17 @@ def scales_adapters(kwargs: dict[str, Any], scales: str) -> bool:
     return any(isinstance(value, dict) and value.get("scale", 1.0) != 1.0 for value in found)
 
 
-def stage(model: nn.Module, runtime: Runtime, place: Cut, shared: Collection[int] = (), scales: str = "") -> Stages:
+def stage(
+    model: nn.Module, runtime: Runtime, place: Cut, shared: Collection[int] = (), scales: str = ""
+) -> TransformerStages:
     """Cut a transformer in place: keep the blocks of this rank, intercept the calls of all and of the model.
     `shared`: ids of tensors of other components, too, which every rank keeps. `scales`: see Stages."""
     cut = CutModel(model, blocks_named(model, place.blocks, place.plan), place.placement.owners())
-    stages = Stages(cut, runtime, scales)
+    stages = TransformerStages(cut, runtime, scales)
     drop_blocks(model, cut.blocks, cut.owners, runtime.comm.rank, place.plan, shared)
     others = [number for number, owner in enumerate(cut.owners) if owner != runtime.comm.rank]
     install(cut.blocks, cut.calls, [number for number in others if lacks_data(cut.blocks[number][1])])
-    Entry(model, stages.call)
+    ModelEntry(model, stages.call)
 
     def end() -> None:
         if cut.calls.interceptor is None:

@@ -35,7 +35,7 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Carried:
+class CutTensor:
     """A tensor that crosses a cut.
 
     late: the receiver writes it over the content of its own tensor at the cut; else the received tensor is the output
@@ -89,7 +89,7 @@ class Course:
     sites: tuple[Site, ...]
     segments: tuple[tuple[int, int], ...]
     owners: tuple[int, ...]
-    cuts: tuple[tuple[Carried, ...], ...]
+    cuts: tuple[tuple[CutTensor, ...], ...]
     draws: bool = False
     plain_calls: int = 0
     state_sizes: tuple[int, ...] = field(default=(), compare=False)

@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from shardit.core.modules.blocks import CutModel
 from shardit.core.plans.call_plan import Address
-from shardit.core.plans.course import Differs, expected_site
+from shardit.core.plans.course import CourseMismatch, expected_site
 from shardit.core.plans.stand_ins import blank, stand_ins
-from shardit.core.plans.trace import Watch
+from shardit.core.plans.trace import TraceContext
 from shardit.core.runtime.flat_call import FlatCall
 from shardit.core.training.course import Course, Look
 from shardit.core.training.watch import LossTrace
@@ -30,7 +30,7 @@ class DryLoss:
         self.cut, self.course, self.device = cut, course, device
         self.trace, self.looks = LossTrace(), dict[Address, Look]()
         self.drawing = [0] if course.draws else []
-        self._watch = Watch(self.trace, lambda tensor: tensor)
+        self._watch = TraceContext(self.trace, lambda tensor: tensor)
 
     def fits(self, loss: Callable[[], Any], call: FlatCall, course_of: Callable[[DryLoss, int], Course]) -> bool:
         """Return whether the loss has this course. course_of: derives a course from a trace and the loss in it."""
@@ -43,7 +43,7 @@ class DryLoss:
             return same_length and course_of(self, self.trace.number(out)).digest() == self.course.digest()
         except (RankError, MemoryError, torch.OutOfMemoryError):
             raise
-        except (Exception, Differs):  # the loss is watched then, and reports the error if there is one
+        except (Exception, CourseMismatch):  # the loss is watched then, and reports the error if there is one
             return False
 
     def block_call(self, index: int, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

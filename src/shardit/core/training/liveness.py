@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from shardit.core.plans.call_plan import Address
 from shardit.core.plans.trace import Event, Trace
-from shardit.core.training.course import Carried, Look
+from shardit.core.training.course import CutTensor, Look
 from shardit.errors import UnsupportedError
 
 
@@ -36,7 +36,7 @@ class Liveness:
     early: set[int] = field(default_factory=set)
     _ingredients: dict[int, dict[int, int]] = field(default_factory=dict)
 
-    def cuts(self, loss: int) -> tuple[tuple[Carried, ...], ...]:
+    def cuts(self, loss: int) -> tuple[tuple[CutTensor, ...], ...]:
         """Return what crosses each cut. loss: the storage of the loss. Raises UnsupportedError for what cannot."""
         self.live = [{} for _ in self.segments[1:]]
         segment_of = [k for k, (first, last) in enumerate(self.segments) for _ in range(first, last + 1)]
@@ -46,7 +46,7 @@ class Liveness:
             outside = event.after == 0 and not event.block
             self._follow(event, -1 if outside else segment_of[min(event.after, len(segment_of) - 1)], seen)
             seen.update(event.reads, event.writes)
-        found: list[dict[int, list[Carried]]] = []
+        found: list[dict[int, list[CutTensor]]] = []
         wanted = -1
         while wanted != (wanted := len(self.early) + sum(map(len, self.live))):  # what is made again adds ingredients
             found = [{s: self._items(s, k) for s in sorted(of)} for k, of in enumerate([dict(of) for of in self.live])]
@@ -77,7 +77,7 @@ class Liveness:
         for k in range(start, end):
             self.live[k][storage] = None
 
-    def _items(self, storage: int, k: int) -> list[Carried]:
+    def _items(self, storage: int, k: int) -> list[CutTensor]:
         """Return how a storage crosses cut `k`: by its handles, or not at all if the receiver makes it again."""
         last, rewrites = self.segments[k][1], self.rewrites.get(storage, [])
         rewritten = any(segment > k for segment, _ in rewrites)
@@ -100,10 +100,10 @@ class Liveness:
             self._keep(one, start, k + 1)
         return []
 
-    def _item(self, address: Address, storage: int, late: bool, rewritten: bool) -> Carried:
+    def _item(self, address: Address, storage: int, late: bool, rewritten: bool) -> CutTensor:
         look = self.looks[address]
         differentiable = storage in self.grads and (look.dtype.is_floating_point or look.dtype.is_complex)
-        return Carried(address, look, late, rewritten, differentiable)
+        return CutTensor(address, look, late, rewritten, differentiable)
 
     def _refusal(self, storage: int, k: int) -> UnsupportedError:
         site = self.trace.created.get(storage)

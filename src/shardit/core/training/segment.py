@@ -21,7 +21,7 @@ from shardit.core.training.plain_calls import PlainCalls
 from shardit.errors import RankError
 
 
-class _Leave(BaseException):
+class _LeaveSegment(BaseException):
     """Leaves a forward after the last block of a segment. Not an Exception: models may catch those."""
 
 
@@ -101,7 +101,7 @@ class Segment(nn.Module):
             loss = loss.reshape(()) * step.factors[micro_batch]
             step.losses[micro_batch] = loss.detach()
             return loss
-        except _Leave:
+        except _LeaveSegment:
             return self._out
         finally:
             self._given, self._handles, self._out, self._states = {}, {}, None, ()
@@ -116,7 +116,7 @@ class Segment(nn.Module):
     def block_call(self, index: int, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an own block; return placeholders or received tensors for a block of an earlier stage."""
         if self._out is not None:
-            raise _Leave
+            raise _LeaveSegment
         number, self._site = self._site, self._site + 1
         given = tree_flatten((args, kwargs))[0]
         site = self._check(number, index, given)

@@ -21,9 +21,9 @@ from shardit.loading.index import Component
 from shardit.loading.meta import build
 from shardit.loading.quiet import quiet
 from shardit.loading.safetensors_file import Reads
-from shardit.loading.several import Several, is_several
+from shardit.loading.several import SeveralWeights, is_several
 from shardit.loading.single_file import Original, OriginalText, holds, load_original, loadable, text_encoder
-from shardit.loading.source import Source, locate
+from shardit.loading.source import ModelSource, locate
 from shardit.loading.transformers_model import load_transformers
 from shardit.loading.weights import Owned, load_module
 from shardit.settings.model_options import NO_OPTIONS, WHOLE, ModelOptions, check_single_files
@@ -39,7 +39,7 @@ class Prepared:
     """A pipeline before its weights are loaded: its location, its class, the components that the class takes,
     checkpoint and module on meta of the models among them; and the requested dtypes and options."""
 
-    source: Source
+    source: ModelSource
     cls: type[Any]
     parts: dict[str, Component]
     checkpoints: dict[str, Checkpoint]
@@ -101,12 +101,12 @@ def prepare(
 
 
 def _from_folder(
-    kind: Any, folder: Path, source: Source, dtype: torch.dtype | None, variant: str | None, opens: bool
+    kind: Any, folder: Path, source: ModelSource, dtype: torch.dtype | None, variant: str | None, opens: bool
 ) -> tuple[Checkpoint | None, nn.Module]:
     """Return the weights of a component, if its folder is to be opened for them, and the component on meta."""
     if is_diffusers(kind) and is_several(kind):
         module = build(kind, folder, dtype)
-        return Several.of(module, folder, source.remote, variant) if opens else None, module
+        return SeveralWeights.of(module, folder, source.remote, variant) if opens else None, module
     checkpoint = Checkpoint.open(folder, source.remote, variant) if opens else None
     return checkpoint, build(kind, folder, dtype, checkpoint.stored_dtype if checkpoint else None)
 
@@ -230,7 +230,7 @@ def _processors(parts: dict[str, Component]) -> dict[str, Any]:
     return {name: build_processor(parts[name].folder, kind) for name, kind in needed.items()}
 
 
-def _construct(cls: type[Any], source: Source, passed: dict[str, Any]) -> DiffusionPipeline:
+def _construct(cls: type[Any], source: ModelSource, passed: dict[str, Any]) -> DiffusionPipeline:
     """Build the pipeline as from_pretrained does, with our modules passed in."""
     try:
         with quiet():

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from shardit.diffusion.loading.noise_schedules import can_replace
-from shardit.diffusion.loading.timesteps import Asked, asked_by, problem
+from shardit.diffusion.loading.timesteps import TimestepArguments, asked_by, problem
 from shardit.errors import InputError, did_you_mean, first_line
 from shardit.settings.checks import is_number
 from shardit.settings.model_options import ModelOptions
@@ -53,7 +53,7 @@ def changed_scheduler(own: Any, options: ModelOptions, pipeline_class: Any = Non
     return made
 
 
-def _class_of(name: str, own: Any, asked: Asked) -> Any:
+def _class_of(name: str, own: Any, asked: TimestepArguments) -> Any:
     import diffusers
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
@@ -89,7 +89,7 @@ def unfit_scheduler(name: str, own: str, known: list[str]) -> InputError:
     return InputError(f"scheduler: {why}; choose among {', '.join(known)}")
 
 
-def _problem(cls: Any, own: Any, asked: Asked) -> str:
+def _problem(cls: Any, own: Any, asked: TimestepArguments) -> str:
     """Return why a scheduler of another class would fail although the pipeline's own does not; "" if nothing is
     known."""
     with _silent():

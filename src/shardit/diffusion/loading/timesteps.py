@@ -18,7 +18,7 @@ _CALLS = ("retrieve_timesteps", "set_timesteps")
 
 
 @dataclass(frozen=True)
-class Asked:
+class TimestepArguments:
     """Arguments that a pipeline passes to `set_timesteps` besides the number of steps, read from the source of its
     `__call__`."""
 
@@ -32,21 +32,21 @@ class Asked:
     """The shift for the size of the picture."""
 
 
-def asked_by(pipeline_class: Any) -> Asked:
+def asked_by(pipeline_class: Any) -> TimestepArguments:
     """Return the arguments of pipelines of this class; none if they cannot be read."""
     try:
         return asked_in(textwrap.dedent(inspect.getsource(pipeline_class.__call__)))
     except (OSError, TypeError, AttributeError, SyntaxError):
-        return Asked()
+        return TimestepArguments()
 
 
-def asked_in(source: str) -> Asked:
+def asked_in(source: str) -> TimestepArguments:
     """Return the arguments in the source of a `__call__`."""
     tree = ast.parse(source)
     names = {keyword.arg for call in _calls(tree) for keyword in call.keywords if not _is_none(keyword.value)}
     assigned = (node for node in ast.walk(tree) if isinstance(node, ast.Assign) and not _is_none(node.value))
     made = [ast.unparse(node.value) for node in assigned if any(ast.unparse(x) == "sigmas" for x in node.targets)]
-    return Asked(
+    return TimestepArguments(
         sigmas="sigmas" in names and bool(made),
         array=any(re.search(r"\b(np|numpy)\.", value) for value in made),
         flow_sigmas="use_flow_sigmas" in source,
@@ -54,7 +54,7 @@ def asked_in(source: str) -> Asked:
     )
 
 
-def problem(scheduler: Any, asked: Asked) -> str:
+def problem(scheduler: Any, asked: TimestepArguments) -> str:
     """Return the error of a copy of a scheduler when it is called as by a pipeline, or that its steps are not numbers;
     "" if it succeeds."""
     given: dict[str, Any] = {"mu": 1.0} if asked.mu else {}

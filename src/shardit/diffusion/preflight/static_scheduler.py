@@ -25,7 +25,7 @@ from shardit.diffusion.loading.schedulers import (
     unfit_scheduler,
     unknown_scheduler,
 )
-from shardit.diffusion.loading.timesteps import Asked, asked_in
+from shardit.diffusion.loading.timesteps import TimestepArguments, asked_in
 from shardit.settings.model_options import ModelOptions
 
 _USUAL = {
@@ -69,14 +69,14 @@ def _with_defaults(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: item.default for key, item in _init(name).items()} | dict(config)
 
 
-def _asked(pipeline: str | None) -> Asked:
+def _asked(pipeline: str | None) -> TimestepArguments:
     """Return the arguments that the pipeline passes to its scheduler."""
     nodes = [] if pipeline is None else lineage(pipeline)
     call = next(filter(None, (method(node, "__call__") for node in nodes)), None)
-    return Asked() if call is None else asked_in(ast.unparse(call))
+    return TimestepArguments() if call is None else asked_in(ast.unparse(call))
 
 
-def _proposed(own: str, config: Mapping[str, Any], asked: Asked) -> list[str]:
+def _proposed(own: str, config: Mapping[str, Any], asked: TimestepArguments) -> list[str]:
     """Return schedulers that can replace the model's own, as far as their source shows."""
     classes = definitions("schedulers")
     if own not in classes:
@@ -87,7 +87,7 @@ def _proposed(own: str, config: Mapping[str, Any], asked: Asked) -> list[str]:
     return sorted({own, *(name for name in fit if _takes(name, flow, asked))})
 
 
-def _takes(name: str, flow: bool, asked: Asked) -> bool:
+def _takes(name: str, flow: bool, asked: TimestepArguments) -> bool:
     """Return whether the `set_timesteps` of a scheduler takes the arguments of a pipeline."""
     takes = parameters_of(definitions("schedulers")[name], "set_timesteps")
     if not takes:

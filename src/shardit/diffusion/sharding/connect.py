@@ -23,7 +23,7 @@ from shardit.core.placement.assignment import Assignment, Cut
 from shardit.core.stages.entry import entry_of, pipeline_entry
 from shardit.core.stages.overlap import overlap
 from shardit.core.stages.runtime import Runtime
-from shardit.core.stages.stages import Stages, stage
+from shardit.core.stages.stages import TransformerStages, stage
 from shardit.diffusion.family import ADAPTER_SCALES, FAMILY, LIBRARIES, look_up_plain_blocks, wrap_attention_back_ends
 from shardit.diffusion.roles import denoises, left_whole
 from shardit.diffusion.sharding.adapters import collective_fuse, local_set_device
@@ -42,7 +42,7 @@ from shardit.diffusion.sharding.components import (
     unpicklable,
 )
 from shardit.diffusion.sharding.configurations import Configurations
-from shardit.diffusion.sharding.layout import Layout
+from shardit.diffusion.sharding.layout import PipelineLayout
 from shardit.errors import UnsupportedError
 from shardit.parallel.sequence.choose import shard_tokens
 from shardit.parallel.tensor.adapters import pipeline_members
@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 
 def connect(
     pipe: Any,
-    layout: Layout,
+    layout: PipelineLayout,
     runtime: Runtime,
     config: DiffusionParallelConfig,
 ) -> None:
@@ -129,7 +129,7 @@ def shard_model(
         overlap(model, runtime, ADAPTER_SCALES, alone=cut.plan is not None)
     look_up_plain_blocks()
     refuse_methods(model, name or type(model).__name__, mesh)
-    found: Stages | None = getattr(model, "shardit_stages", None)
+    found: TransformerStages | None = getattr(model, "shardit_stages", None)
     staged = [] if found is None or mesh.pp_size == 1 else [block for block, _ in found.cut.blocks]
     refuse_partial_states(model, [*staged, *(slices.cuts if slices else ())], LIBRARIES)
     mark_absent(model, torch.device(mesh.device), LIBRARIES)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from shardit.core.placement.assignment import Cut
-from shardit.diffusion.sharding.layout import Layout
+from shardit.diffusion.sharding.layout import PipelineLayout
 from shardit.parallel.tensor.plan import TensorPlan, describe_slices
 
 
-def describe_layout(layout: Layout | None) -> dict[str, str]:
+def describe_layout(layout: PipelineLayout | None) -> dict[str, str]:
     """Describe the sharding of each component of a pipeline."""
     if layout is None:
         return {}

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Layout:
+class PipelineLayout:
     """The slices of components that are split, by name, and the owners of blocks, encoders and VAEs."""
 
     cuts: dict[str, TensorPlan]
@@ -42,7 +42,7 @@ def lay_out(
     max_in_flight: int = 1,
     plans: Plan | Mapping[str, Plan] | None = None,
     held: Sequence[float] | None = None,
-) -> Layout:
+) -> PipelineLayout:
     """Decide the slices and owners of components, from shapes alone. Keyword arguments are those of `assign`.
 
     Raises InputError and UnsupportedError if the configuration does not fit the pipeline.
@@ -59,7 +59,7 @@ def lay_out(
         environ=os.environ,
         held=held,
     )
-    return Layout(cuts, assignment.counted(modules))
+    return PipelineLayout(cuts, assignment.counted(modules))
 
 
 def warn_unmet(unmet: Iterable[str], mesh: Mesh) -> None:

@@ -22,7 +22,7 @@ _LENGTH = struct.Struct("<Q")
 def encode(message: object) -> list[Any]:
     """Turn a message into byte strings to send: a header, the pickle, and large buffers, which are not copied."""
     buffers: list[pickle.PickleBuffer] = []
-    pickler = _Pickler(buffers.append)
+    pickler = _BufferPickler(buffers.append)
     parts = [pickler.dumps(message), *(buffer.raw() for buffer in buffers)]
     header = _COUNT.pack(len(parts)) + b"".join(_LENGTH.pack(len(part)) for part in parts)
     return [header + parts[0], *parts[1:]]
@@ -39,7 +39,7 @@ class Packed:
     def of(cls, value: object) -> Packed:
         """Pickle an object."""
         buffers: list[pickle.PickleBuffer] = []
-        data = _Pickler(buffers.append).dumps(value)
+        data = _BufferPickler(buffers.append).dumps(value)
         return cls((pickle.PickleBuffer(data), *buffers))
 
     def load(self) -> Any:
@@ -160,7 +160,7 @@ def send_all(pipes: Iterable[Pipe], message: Any) -> None:
         pipe.send_encoded(parts)
 
 
-class _Pickler(pickle.Pickler):
+class _BufferPickler(pickle.Pickler):
     """Pickle 5 with buffers out of band, which PIL's own pickling does not do (3 times slower for a video)."""
 
     def __init__(self, buffer_callback: Any):

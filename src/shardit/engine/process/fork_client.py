@@ -23,11 +23,11 @@ from shardit.engine.process.messages import (
     Failed,
     InputRejected,
     Kill,
+    RanksStarted,
     RanksStopped,
     SessionSpec,
     Stacks,
     Start,
-    Started,
 )
 from shardit.engine.process.process import OWN_GROUP, command, describe_exit, threads_per_rank
 from shardit.errors import InputError, RankError
@@ -38,7 +38,7 @@ STOP_WAIT_S = 6.0
 IMPORT_WAIT_S = 120.0
 
 
-class ForkServer:
+class ForkServerClient:
     """A running fork server process. It leaves no process after `stop`, nor after the end of this process.
 
     on_exit(rank, code): a rank has exited. on_end(how): the fork server itself has exited. Both are called in the
@@ -92,7 +92,7 @@ class ForkServer:
         pairs = [socket.socketpair() for _ in range(world_size)]
         message = Start(spec, world_size, threads_per_rank(world_size))
         try:
-            started = self._ask(message, self.timeout_s, Started, fds=[theirs.fileno() for _, theirs in pairs])
+            started = self._ask(message, self.timeout_s, RanksStarted, fds=[theirs.fileno() for _, theirs in pairs])
         finally:
             for _, theirs in pairs:
                 theirs.close()

@@ -105,7 +105,7 @@ class Checked:
 
 
 @dataclass(frozen=True)
-class Started:
+class RanksStarted:
     """The ranks run; `directory` is their private temporary folder."""
 
     pids: list[int]

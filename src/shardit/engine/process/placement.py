@@ -9,7 +9,7 @@ from typing import Protocol
 
 from shardit.engine.process.channel import Channel, Closed
 from shardit.engine.process.failure import Failure
-from shardit.engine.process.fork_client import STOP_WAIT_S, ForkServer
+from shardit.engine.process.fork_client import STOP_WAIT_S, ForkServerClient
 from shardit.engine.process.messages import SessionSpec
 from shardit.errors import RankError
 
@@ -42,7 +42,7 @@ class LocalPlacement:
 
     def __init__(self, timeout_s: float):
         self._timeout_s = timeout_s
-        self.fork_server: ForkServer | None = None
+        self.fork_server: ForkServerClient | None = None
         self._stopped = False
         self._report: Report = lambda _: None
         self._starting = threading.Lock()
@@ -63,7 +63,7 @@ class LocalPlacement:
         if self.fork_server is None or not self.fork_server.alive:
             if self.fork_server is not None:
                 self.fork_server.stop()  # removes its temporary files
-            self.fork_server = ForkServer(self._timeout_s, self._exited, self._ended)
+            self.fork_server = ForkServerClient(self._timeout_s, self._exited, self._ended)
             if self._stopped:
                 self.fork_server.stop()
             self.fork_server.check(spec)

@@ -13,17 +13,17 @@ from shardit.engine.process.messages import BatchStep, CacheUse, Progress
 from shardit.engine.rank.outcomes import Outcomes, Taken
 
 if TYPE_CHECKING:
-    from shardit.engine.tasks.task import Batcher, OnProgress
+    from shardit.engine.tasks.task import OnProgress, RequestBatcher
 
 
 TELL_S = 0.5
 """Shortest time between two reports of the use of caches, in seconds."""
 
 
-class Batches:
+class BatchPrograms:
     """The requests of a batcher; a program runs a batch. The same interface as `Programs`."""
 
-    def __init__(self, session: Any, outcomes: Outcomes, batcher: Batcher):
+    def __init__(self, session: Any, outcomes: Outcomes, batcher: RequestBatcher):
         self.outcomes, self.batcher = outcomes, batcher
         self._open: dict[int, Taken] = {}
         self._step: list[Progress] = []
@@ -86,7 +86,7 @@ class Batches:
         self.outcomes.ended(taken, short_hash(repr(result).encode()).hex(), (result, seconds, []))
 
 
-def run_batches(session: Any, batcher: Batcher, requests: list[Any], on_progress: OnProgress) -> dict[int, Any]:
+def run_batches(session: Any, batcher: RequestBatcher, requests: list[Any], on_progress: OnProgress) -> dict[int, Any]:
     """Run requests that all ranks have, without a supervising process; see `Session.generate`."""
     outputs: dict[int, Any] = {}
 

@@ -32,11 +32,11 @@ from shardit.engine.process.messages import (
     Failed,
     InputRejected,
     Kill,
+    RanksStarted,
     RanksStopped,
     SessionSpec,
     Stacks,
     Start,
-    Started,
 )
 from shardit.engine.process.process import die_with_parent
 from shardit.errors import InputError
@@ -113,7 +113,7 @@ class ForkServer:
             fds = receive_fds(self.control, message.world_size)
             self.start(message, fds)
             assert self.directory is not None
-            self.control.send(Started(list(self.pids.values()), str(self.directory)))
+            self.control.send(RanksStarted(list(self.pids.values()), str(self.directory)))
         elif isinstance(message, Dump):
             self.control.send(self.stacks())
         elif isinstance(message, Kill):

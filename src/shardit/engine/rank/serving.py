@@ -19,7 +19,7 @@ from shardit.core.runtime.program import Program, is_out_of_memory
 from shardit.engine.process.channel import Channel
 from shardit.engine.process.memory import reset_peak
 from shardit.engine.process.messages import Begin, Cancel, OutOfMemory
-from shardit.engine.rank.batches import Batches
+from shardit.engine.rank.batches import BatchPrograms
 from shardit.engine.rank.counts import Counts, readable
 from shardit.engine.rank.outcomes import Outcomes, Taken
 from shardit.engine.rank.programs import Programs
@@ -43,12 +43,12 @@ class ServingWorker:
         self._since = time.perf_counter()
         self._can_cancel = session.spec.of_server or session.spec.can_cancel
         self.outcomes = Outcomes(session, channel, lambda: self.busy_s + time.perf_counter() - self._since, self.log)
-        self.requests: Programs | Batches
+        self.requests: Programs | BatchPrograms
         if session.model.batcher is None:
             ahead, can_cancel = self.counts.ahead, self._can_cancel
             self.requests = Programs(session, self.outcomes, ahead=ahead, can_cancel=can_cancel)
         else:
-            self.requests = Batches(session, self.outcomes, session.model.batcher)
+            self.requests = BatchPrograms(session, self.outcomes, session.model.batcher)
 
     def admit(self, active: int) -> Program | None:
         """At the beginning of a round: act on the commands that take effect now; return a program to add."""

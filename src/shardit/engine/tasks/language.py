@@ -14,7 +14,7 @@ from shardit.engine.process.memory import held_bytes, limit_bytes
 from shardit.errors import InputError, first_line
 from shardit.language.batching.batcher import Batcher
 from shardit.language.batching.memory import CacheMemory, fitting
-from shardit.language.batching.scheduler import Limits
+from shardit.language.batching.scheduler import BatchLimits
 from shardit.language.cache_size import request_tokens
 from shardit.language.grammar.token_masks import TokenMasks
 from shardit.language.info import LanguageInfo, end_tokens, max_positions
@@ -81,7 +81,7 @@ class LoadedDecoder:
         defaults = own.to_diff_dict()
         # Sampling values of the file are defaults of the caller's parameters, and must not count twice.
         self.model.generation_config = GenerationConfig(pad_token_id=pad)
-        limits = Limits(
+        limits = BatchLimits(
             rows=spec.language.max_num_seqs,
             tokens=spec.language.max_num_batched_tokens or CHUNK[mesh.device.type == "cpu"],
             groups=spec.config.pipeline_parallel_size,

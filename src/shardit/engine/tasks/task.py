@@ -24,7 +24,7 @@ class OnProgress(Protocol):
         ...
 
 
-class Batcher(Protocol):
+class RequestBatcher(Protocol):
     """Runs the requests of a model in shared batches. All ranks of a replica call it alike.
 
     on_end: called with the key and the result of a request that has ended, on every rank. on_step: called when all
@@ -67,7 +67,7 @@ class Batcher(Protocol):
         ...
 
 
-class Model(Protocol):
+class LoadedModel(Protocol):
     """A loaded model with this rank's share of the weights.
 
     runtime: runs calls of the model together with other ranks; None with one rank. info: for the user's process.
@@ -76,7 +76,7 @@ class Model(Protocol):
 
     runtime: Runtime | None
     info: ModelInfo
-    batcher: Batcher | None
+    batcher: RequestBatcher | None
 
     def opened(
         self, request: Any, on_progress: OnProgress, has_turn: Callable[[], bool]
@@ -102,7 +102,7 @@ class Task(Protocol):
         """Find mistakes before ranks start. Raises InputError. Reads no weights."""
         ...
 
-    def load(self, spec: SessionSpec, mesh: Mesh) -> Model:
+    def load(self, spec: SessionSpec, mesh: Mesh) -> LoadedModel:
         """Load this rank's share of the model. Collective."""
         ...
 

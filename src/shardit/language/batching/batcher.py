@@ -21,7 +21,7 @@ from shardit.language.batching.prefixes import PrefixStore, longest_storable
 from shardit.language.batching.probe import probe
 from shardit.language.batching.prompt_scores import wants_scores
 from shardit.language.batching.sampling import NO_TOKEN, log_probabilities, next_tokens
-from shardit.language.batching.scheduler import Group, Limits, Scheduler
+from shardit.language.batching.scheduler import BatchLimits, Group, Scheduler
 from shardit.language.batching.sequence import FAILED, Sequence
 from shardit.language.grammar.token_masks import TokenMasks
 from shardit.language.request.outputs import GroupOutput, RowResult, ended_by_token
@@ -57,7 +57,7 @@ class Batcher:
 
     model: Any
     runtime: Runtime | None
-    limits: Limits
+    limits: BatchLimits
     row_bytes: Callable[[int], int]
     ends: frozenset[int]
     pad: int

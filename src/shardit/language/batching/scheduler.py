@@ -21,7 +21,7 @@ FREE_COLUMNS = 256
 
 
 @dataclass(frozen=True)
-class Limits:
+class BatchLimits:
     """rows: maximum sequences of a group. tokens: maximum rows times columns of one prefill. groups: number of groups
     over which sequences are distributed. memory: maximum bytes of all caches on a rank; None for no limit. joins:
     whether sequences may join and leave a running group; if not, a group has rows of one length that start together.
@@ -101,7 +101,7 @@ class Scheduler:
 
     def __init__(
         self,
-        limits: Limits,
+        limits: BatchLimits,
         row_bytes: Callable[[int], int],
         known: Callable[[Sequence], int] = lambda sequence: 0,
     ):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from shardit.language.request.rows import Row
+from shardit.language.request.rows import PromptRow
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,7 @@ class Sequence:
 
     key: int
     index: int
-    row: Row
+    row: PromptRow
     arrival: int
     made: list[int] = field(default_factory=list)
     ended: RowEnd | None = None

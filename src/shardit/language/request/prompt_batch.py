@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardit.language.request.outputs import CompletionOutput, GroupOutput, RequestOutput, RowResult, ended_by_token
-from shardit.language.request.rows import Row
+from shardit.language.request.rows import PromptRow
 from shardit.language.request.text_stream import stop_place
 
 
@@ -18,9 +18,9 @@ class PromptBatch:
 
     tokenizer: Any
     prompts: Sequence[tuple[str | None, tuple[int, ...]]]
-    rows: Sequence[tuple[int, int, Row]]
+    rows: Sequence[tuple[int, int, PromptRow]]
 
-    def decode(self, tokens: Sequence[int], row: Row) -> str:
+    def decode(self, tokens: Sequence[int], row: PromptRow) -> str:
         """Return the text of tokens, without the changes that some tokenizers make to spaces."""
         return self.tokenizer.decode(
             tokens, skip_special_tokens=row.params.skip_special_tokens, clean_up_tokenization_spaces=False

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from shardit.errors import InputError, did_you_mean
-from shardit.language.request.rows import Row
+from shardit.language.request.rows import PromptRow
 from shardit.language.request.sampling_params import SamplingParams
 from shardit.params import seed_or_drawn
 from shardit.settings.checks import TEXT
@@ -91,7 +91,7 @@ def check_tokens(params: SamplingParams, vocabulary: int) -> None:
 
 def rows_of(
     number: int, tokens: tuple[int, ...], params: SamplingParams, limit: int | None, seed: int | None
-) -> list[Row]:
+) -> list[PromptRow]:
     """Return the rows of prompt `number`, one for each requested text. limit: maximum tokens of prompt and text. seed:
     of the first, if the parameters have none. Raises InputError if the prompt is too long."""
     if not tokens:
@@ -106,4 +106,4 @@ def rows_of(
     first = seed_or_drawn(seed if params.seed is None else params.seed)
     own = replace(params, max_tokens=most)
     others = replace(own, prompt_logprobs=None)  # the prompt is the same
-    return [Row(tokens, others if copy else own, first + copy) for copy in range(params.n)]
+    return [PromptRow(tokens, others if copy else own, first + copy) for copy in range(params.n)]

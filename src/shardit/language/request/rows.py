@@ -8,7 +8,7 @@ from shardit.language.request.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)
-class Row:
+class PromptRow:
     """A prompt as tokens, its parameters (`max_tokens` is set), and its own seed. made: tokens of the text that are
     known already, because ranks that have ended since have made them; the ranks continue after them."""
 
@@ -22,4 +22,4 @@ class Row:
 class PromptGroup:
     """The rows of one request."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[PromptRow, ...]

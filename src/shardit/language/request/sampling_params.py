@@ -11,11 +11,11 @@ from shardit.config import reject_unknown_names
 from shardit.errors import InputError
 from shardit.language.request.structured_outputs import StructuredOutputsParams, structured_outputs_of
 from shardit.params import SEED
-from shardit.settings.checks import FLAG, Check, is_number, matching, number, numbers, text_problem, whole
+from shardit.settings.checks import FLAG, ValueCheck, is_number, matching, number, numbers, text_problem, whole
 from shardit.settings.declare import Flag, check_declared, declare, hinted
 
 _STOP = "a non-empty string or a list of those"
-_stop = Check(
+_stop = ValueCheck(
     _STOP,
     lambda value: (
         text_problem(value) if value and all(isinstance(one, str) and one for one in _listed(value)) else _STOP

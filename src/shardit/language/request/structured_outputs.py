@@ -8,19 +8,21 @@ from typing import Any
 
 from shardit.config import reject_unknown_names
 from shardit.errors import InputError
-from shardit.settings.checks import Check, matching, text_problem
+from shardit.settings.checks import ValueCheck, matching, text_problem
 from shardit.settings.declare import check_declared, declare, hinted
 
 MAX_CHARACTERS = 100_000
 """Maximum length of a grammar or a JSON schema: long ones take seconds to compile, in which all texts wait."""
 
 
-def _text(meaning: str) -> Check:
-    return Check(meaning, lambda value: (text_problem(value) or None) if isinstance(value, str) and value else meaning)
+def _text(meaning: str) -> ValueCheck:
+    return ValueCheck(
+        meaning, lambda value: (text_problem(value) or None) if isinstance(value, str) and value else meaning
+    )
 
 
 _CHOICE = "a list of texts that are not empty"
-_choice = Check(
+_choice = ValueCheck(
     _CHOICE,
     lambda value: (
         text_problem(list(value))

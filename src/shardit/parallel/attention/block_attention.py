@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from shardit.errors import UnsupportedError
-from shardit.parallel.attention.sequence_attention import Call, Layout, SequenceAttention
+from shardit.parallel.attention.sequence_attention import AttentionLayout, Call, SequenceAttention
 from shardit.parallel.dataflow import Dataflow
 
 FAILED, ATTENDING, DONE = 0, 1, 2
@@ -34,9 +34,9 @@ class BlockAttention:
 
     attention: SequenceAttention
     sharded: list[tuple[bool, bool]]
-    layouts: list[Layout] | None = None
+    layouts: list[AttentionLayout] | None = None
     dataflow: Dataflow | None = None
-    new_layouts: list[Layout] = field(default_factory=list)
+    new_layouts: list[AttentionLayout] = field(default_factory=list)
     by_values: bool = False
     _calls: int = 0
     _sharded_calls: int = 0
@@ -69,7 +69,7 @@ class BlockAttention:
         layout = self._layout(call)
         return (self.attention.attend if sharded_q else self.attention.attend_to_all)(call, layout)
 
-    def _layout(self, call: Call) -> Layout:
+    def _layout(self, call: Call) -> AttentionLayout:
         if self.layouts is not None:
             layout = self.layouts[self._sharded_calls]
             self._sharded_calls += 1
@@ -87,7 +87,7 @@ class BlockAttention:
         self.new_layouts.append(layout)
         return layout
 
-    def _check_valid_tokens(self, call: Call, layout: Layout) -> None:
+    def _check_valid_tokens(self, call: Call, layout: AttentionLayout) -> None:
         """Raise UnsupportedError, on all ranks, unless the mask hides the keys and the queries of some tokens: only
         then the result of a trial shows that the mask is of that kind."""
         assert call.mask is not None
@@ -126,11 +126,11 @@ def check_other_sizes(numbers: Collection[int]) -> None:
         raise UnsupportedError("an attention call whose batch, heads or width is another on some rank")
 
 
-def _layout_of(gathered: list[list[int]]) -> Layout:
+def _layout_of(gathered: list[list[int]]) -> AttentionLayout:
     _, q_lens, k_lens, masked, rows, columns, others, *_ = (tuple(column) for column in zip(*gathered, strict=True))
     check_other_sizes(others)
     if not masked[0]:
-        return Layout(q_lens, k_lens)
+        return AttentionLayout(q_lens, k_lens)
     total = sum(k_lens)
     own_rows = rows == q_lens and set(rows) != {1}
     own_columns = columns == k_lens and set(columns) != {1}
@@ -143,4 +143,4 @@ def _layout_of(gathered: list[list[int]]) -> Layout:
         raise UnsupportedError(
             "an attention mask over one token per rank; lower ulysses_degree or ring_degree for so short a sequence"
         )
-    return Layout(q_lens, k_lens, own_rows and not both, own_columns and not both, valid_tokens=both)
+    return AttentionLayout(q_lens, k_lens, own_rows and not both, own_columns and not both, valid_tokens=both)

@@ -42,7 +42,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Layout:
+class AttentionLayout:
     """The sharding of one attention call: tokens of queries and of keys on each rank of "sp", and whether the mask has
     only the rows of local queries or the columns of local keys. valid_tokens: it has both, and is that of a
     self-attention in which a valid token attends to the valid ones: its diagonal shows which tokens are valid."""
@@ -70,7 +70,7 @@ class SequenceAttention:
         """Bytes that this rank has sent to others."""
         return self.sp.sent_bytes + sum(c.sent_bytes for c in (self.ring, self.ulysses and self.ulysses.comm) if c)
 
-    def attend(self, call: Call, layout: Layout) -> torch.Tensor:
+    def attend(self, call: Call, layout: AttentionLayout) -> torch.Tensor:
         """Attend with local queries to the keys of all ranks. Collective. Raises UnsupportedError if Ring cannot do
         it."""
         if self.ring is not None and call.not_ring is not None:
@@ -99,7 +99,7 @@ class SequenceAttention:
             out = call.inner(q, k, v, mask)
         return out if self.ulysses is None else self.ulysses.to_tokens(out, q_lens, q_share)
 
-    def attend_to_all(self, call: Call, layout: Layout) -> torch.Tensor:
+    def attend_to_all(self, call: Call, layout: AttentionLayout) -> torch.Tensor:
         """Attend with queries that every rank has to the keys of all ranks: keys and values are gathered."""
         self._check_lengths(call, layout, call.q.shape[1])
         k, v = (self.sp.all_gather(t, layout.k_lens, 1) for t in (call.k, call.v))
@@ -108,7 +108,7 @@ class SequenceAttention:
             mask = _gather_mask(self.sp, mask, layout.k_lens, mask.ndim - 1)
         return call.inner(call.q, k, v, mask)
 
-    def _check_lengths(self, call: Call, layout: Layout, queries: int) -> None:
+    def _check_lengths(self, call: Call, layout: AttentionLayout, queries: int) -> None:
         """Raise RankError, which ends all ranks, if the call is not of this layout: others count on its lengths."""
         keys, mask = layout.k_lens[self.sp.index], call.mask
         found, known = [call.q.shape[1], call.k.shape[1], call.v.shape[1]], [queries, keys, keys]
@@ -130,16 +130,16 @@ class SequenceAttention:
         size = self._ulysses_size
         return [sum(lens[start : start + size]) for start in range(0, len(lens), size)]
 
-    def _before(self, layout: Layout) -> int:
+    def _before(self, layout: AttentionLayout) -> int:
         """Return the number of queries of earlier ulysses groups."""
         return sum(layout.q_lens[: self._in_ring * self._ulysses_size])
 
-    def valid_tokens(self, mask: torch.Tensor, layout: Layout) -> torch.Tensor:
+    def valid_tokens(self, mask: torch.Tensor, layout: AttentionLayout) -> torch.Tensor:
         """Return which tokens of all ranks are valid, from this rank's part of a mask of valid tokens. Collective."""
         own = mask.diagonal(dim1=-2, dim2=-1)
         return _gather_mask(self.sp, own, layout.k_lens, own.ndim - 1)
 
-    def _whole_mask(self, mask: torch.Tensor, layout: Layout, q_lens: tuple[int, ...]) -> torch.Tensor:
+    def _whole_mask(self, mask: torch.Tensor, layout: AttentionLayout, q_lens: tuple[int, ...]) -> torch.Tensor:
         """Gather all columns, and take or gather the rows of all queries of the ulysses group."""
         mask = mask[(None,) * (4 - mask.ndim)] if mask.ndim < 4 else mask
         for dim in (0, 1):  # repeated values need not be sent

@@ -21,7 +21,7 @@ from torch import nn
 from shardit.core.comm.mesh import Mesh
 from shardit.core.modules.blocks import blocks_named
 from shardit.core.modules.patching import subclass_in_place
-from shardit.core.stages.stages import Stages
+from shardit.core.stages.stages import TransformerStages
 from shardit.errors import InputError, UnsupportedError
 from shardit.parallel.attention.sequence_attention import SequenceAttention
 from shardit.parallel.sequence.declared.model import PlannedSequence, read_planned
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Choice:
+class SequenceChoice:
     """The chosen way to shard the tokens of a transformer. other: makes the fallback if this one refuses a call."""
 
     way: SequenceParallel | PlannedSequence
@@ -75,7 +75,7 @@ class Choice:
 def shard_tokens(
     model: nn.Module,
     mesh: Mesh,
-    cut: Callable[[], Stages] | None = None,
+    cut: Callable[[], TransformerStages] | None = None,
     plan: Any = None,
     names: Collection[str] = (),
 ) -> SequenceParallel | PlannedSequence:
@@ -101,14 +101,14 @@ def shard_tokens(
     return choice.way
 
 
-def _choose(model: nn.Module, attention: SequenceAttention, plan: Any, names: Collection[str]) -> Choice:
+def _choose(model: nn.Module, attention: SequenceAttention, plan: Any, names: Collection[str]) -> SequenceChoice:
     if getattr(model, DECLARED, None) is not None:
-        return Choice(read_planned(model, DECLARED, attention))
+        return SequenceChoice(read_planned(model, DECLARED, attention))
     has_other = getattr(model, OF_DIFFUSERS, None) is not None
     blocks = blocks_named(model, names, plan)
     if blocks:
         other = (lambda: read_planned(model, OF_DIFFUSERS, attention)) if has_other else None
-        return Choice(SequenceParallel(model, attention, blocks, may_partition=not has_other), other)
+        return SequenceChoice(SequenceParallel(model, attention, blocks, may_partition=not has_other), other)
     if has_other:
-        return Choice(read_planned(model, OF_DIFFUSERS, attention))
+        return SequenceChoice(read_planned(model, OF_DIFFUSERS, attention))
     raise UnsupportedError(f"{type(model).__name__} has no block lists, so its tokens cannot be sharded: {REMEDY}")

@@ -17,12 +17,12 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from shardit.core.comm.wire import Layout, dump_with_tensors, pack_layout
+from shardit.core.comm.wire import MessageLayout, dump_with_tensors, pack_layout
 from shardit.core.modules.block_calls import BlockCalls
 from shardit.core.modules.patching import subclass_in_place
 from shardit.core.plans.call_plan import Leaf, span_bytes
 from shardit.core.runtime.flat_call import FlatCall
-from shardit.parallel.vae.watch import Untileable, Watch
+from shardit.parallel.vae.watch import TileWatch, Untileable
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout)
 """Allowed types of arguments besides tensors and containers: a cache object of another kind could join two tiles
@@ -46,7 +46,7 @@ class TilePlan:
 
     calls: tuple[TileCall, ...]
     owners: tuple[int, ...]
-    messages: tuple[Layout, ...]
+    messages: tuple[MessageLayout, ...]
     at: dict[tuple[int, int], int] = field(compare=False)
 
     @staticmethod
@@ -89,7 +89,7 @@ def assign_tiles(costs: Sequence[int], ranks: int) -> tuple[int, ...]:
 class Planner:
     """Intercepts part calls while a VAE call runs on shapes: records the calls and their dependencies."""
 
-    def __init__(self, watch: Watch):
+    def __init__(self, watch: TileWatch):
         self.watch = watch
         self.costs: list[int] = []
         self._outputs: list[tuple[Any, tuple[Leaf, ...]]] = []
@@ -159,7 +159,7 @@ def find_tiles(
         shapes = shape_of(module)
         args, kwargs = tree_map_only(torch.Tensor, _on_meta, arguments)
         before = [_held(part) for part in shapes.modules()][1:]
-        with Watch(t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)) as watch:
+        with TileWatch(t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)) as watch:
             planner = Planner(watch)
             with calls.intercepted_by(planner):
                 watch.result(dump_with_tensors(method(shapes, *args, **kwargs))[1])

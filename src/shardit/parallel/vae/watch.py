@@ -17,7 +17,7 @@ class Untileable(Exception):
     """Reason for not distributing the tiles of a VAE call: "its decoder draws random numbers"."""
 
 
-class Watch(TorchDispatchMode):
+class TileWatch(TorchDispatchMode):
     """Sees every operation, inside part calls and in the glue between them. Everything is tracked by storage. origins:
     the part calls from which tensors derive."""
 

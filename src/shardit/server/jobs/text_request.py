@@ -8,7 +8,7 @@ from typing import Any
 
 from shardit.language.request.outputs import GroupOutput, RowResult
 from shardit.language.request.prompts import rows_of
-from shardit.language.request.rows import PromptGroup, Row
+from shardit.language.request.rows import PromptGroup, PromptRow
 from shardit.language.request.sampling_params import SamplingParams
 
 
@@ -28,7 +28,7 @@ def stored_request(
     return {"prompts": [list(one) for one in prompts], "params": given, "seeds": list(seeds), "limit": limit}
 
 
-def rows_of_prompts(request: Mapping[str, Any]) -> list[tuple[int, int, Row]]:
+def rows_of_prompts(request: Mapping[str, Any]) -> list[tuple[int, int, PromptRow]]:
     """Return for each text of a stored request: the number of its prompt, its number among the texts of that prompt,
     and its row. Raises InputError if a prompt is too long or empty."""
     given = dict(request["params"])

@@ -15,7 +15,7 @@ from typing import Any
 from shardit.engine.process.channel import Channel, Pipe
 from shardit.engine.process.loop import Loop
 from shardit.engine.process.process import command, describe_exit
-from shardit.server.messages import Ping, Pong, Step
+from shardit.server.messages import Ping, Pong, StepDone
 from shardit.server.options import ServeOptions
 from shardit.server.process.heartbeat import Heartbeat
 
@@ -32,14 +32,14 @@ STOP_S = 2.0
 
 
 @dataclass(frozen=True)
-class Started:
+class StartedApiProcess:
     """An API process that runs its imports, and then waits for its options."""
 
     process: subprocess.Popen[bytes]
     channel: Channel
 
 
-def start(listener: socket.socket) -> Started:
+def start(listener: socket.socket) -> StartedApiProcess:
     """Start an API process; returns at once."""
     ours, theirs = socket.socketpair()
     fds = [theirs.fileno(), listener.fileno()]
@@ -51,11 +51,11 @@ def start(listener: socket.socket) -> Started:
             start_new_session=True,  # Ctrl-C is for the supervisor, which then decides
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
-    return Started(process, Channel(ours))
+    return StartedApiProcess(process, Channel(ours))
 
 
 @contextlib.contextmanager
-def started(listener: socket.socket) -> Iterator[Started]:
+def started(listener: socket.socket) -> Iterator[StartedApiProcess]:
     """Yield a started API process; it is stopped on exit."""
     api = start(listener)
     try:
@@ -74,7 +74,7 @@ class ApiProcess:
     def __init__(
         self,
         options: ServeOptions,
-        first: Started,
+        first: StartedApiProcess,
         listener: socket.socket,
         loop: Loop,
         *,
@@ -99,7 +99,7 @@ class ApiProcess:
         """Send the process its options; returns at once."""
         self._begin(self._first)
 
-    def _begin(self, api: Started) -> None:
+    def _begin(self, api: StartedApiProcess) -> None:
         self._process = api.process
         heartbeat = self._heartbeat = Heartbeat(lambda: pipe.send(Ping()))
         pipe = self._pipe = Pipe(api.channel, lambda message: self._received(heartbeat, message), lambda: None)
@@ -114,7 +114,7 @@ class ApiProcess:
 
     def send(self, message: Any) -> None:
         """Send it a message; steps are left out while it does not read."""
-        if self._pipe is not None and not (isinstance(message, Step) and self._pipe.backlog > MAX_BACKLOG):
+        if self._pipe is not None and not (isinstance(message, StepDone) and self._pipe.backlog > MAX_BACKLOG):
             self._pipe.send(message)
 
     def look_after(self) -> None:

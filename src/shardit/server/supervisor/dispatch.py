@@ -25,13 +25,13 @@ from shardit.server.estimate import Work
 from shardit.server.jobs.job import Job
 from shardit.server.jobs.store import Store
 from shardit.server.jobs.text_request import stored_results
-from shardit.server.messages import Changed, Step, StepTokens, Tokens
+from shardit.server.messages import Changed, StepDone, StepTokens, Tokens
 from shardit.server.options import ServeOptions
 from shardit.server.supervisor.cost_history import CostHistory
 from shardit.server.supervisor.finish import JobFinisher, failure
 from shardit.server.supervisor.model_jobs import PipelineJobs, TextJobs, jobs_of_model
 from shardit.server.supervisor.prefetch import Prefetcher
-from shardit.server.supervisor.running import Running, Size, in_flight
+from shardit.server.supervisor.running import RunningJob, Size, in_flight
 from shardit.server.supervisor.silence_limit import SilenceLimit
 from shardit.server.supervisor.texts import Texts
 
@@ -63,7 +63,7 @@ class Dispatcher:
         self.slots = 1
         self.cost_history = CostHistory(store, options)
         self.kind: PipelineJobs | TextJobs | None = None
-        self.running: dict[int, Running] = {}
+        self.running: dict[int, RunningJob] = {}
         self.ends = JobFinisher(store, loop, writers, notify, log, metrics)
         self.prefetcher = Prefetcher(store, loop, then=self.fill)
         self.texts = Texts(metrics)
@@ -205,7 +205,7 @@ class Dispatcher:
         sizes = [one.size for one in self._in_flight(replica)]
         return list(dict.fromkeys(sizes)) if self.kind is not None and self.kind.batched else sizes
 
-    def _in_flight(self, replica: int) -> list[Running]:
+    def _in_flight(self, replica: int) -> list[RunningJob]:
         return in_flight(self.running, replica)
 
     def _begin_next(self) -> bool:
@@ -272,7 +272,7 @@ class Dispatcher:
         count = len(self._in_flight(replica))
         ahead = count >= self.slots
         ranks = range(replica * self._together, (replica + 1) * self._together)
-        self.running[key] = Running(job, request, InFlight(replica, ranks), count + (not ahead), work, ahead=ahead)
+        self.running[key] = RunningJob(job, request, InFlight(replica, ranks), count + (not ahead), work, ahead=ahead)
         if not ahead:
             self._enters(replica)
         send_all(self.rank_group.pipes(ranks), Begin(key, Packed.of(request), job.id))
@@ -293,7 +293,7 @@ class Dispatcher:
             running.enters()
             self._enters(replica)
 
-    def _progress(self, running: Running, message: Progress) -> None:
+    def _progress(self, running: RunningJob, message: Progress) -> None:
         if message.made is not None:
             if (tokens := self._tokens(running, message)) is not None:
                 self.notify(tokens)
@@ -304,15 +304,15 @@ class Dispatcher:
         if took is not None:
             self.metrics.step(took)
         phase = "denoise" if message.step < message.total else "decode"
-        self.notify(Step(running.job.id, message.step, message.total, phase, running.seconds_per_step))
+        self.notify(StepDone(running.job.id, message.step, message.total, phase, running.seconds_per_step))
         if running.leaving:
             self.fill()
 
-    def _tokens(self, running: Running, message: Progress) -> Tokens | None:
+    def _tokens(self, running: RunningJob, message: Progress) -> Tokens | None:
         running.progress(message.step, message.total)
         return self.texts.progress(running.job, message)
 
-    def _finished(self, key: int, running: Running) -> None:
+    def _finished(self, key: int, running: RunningJob) -> None:
         together = self._most[running.replica]
         del self.running[key]
         first = running.on_ranks.first
@@ -337,7 +337,7 @@ class Dispatcher:
             self.metrics.phases(running)
             self.cost_history.completed(running.work, time.monotonic() - running.begun, together, max(peaks.values()))
 
-    def _too_large(self, running: Running, reason: str) -> str:
+    def _too_large(self, running: RunningJob, reason: str) -> str:
         if isinstance(running.request, PromptGroup):
             tokens = sum(len(row.prompt) for row in running.request.rows)
             return f"out of memory ({tokens} tokens of prompts): {reason}; ask for fewer tokens or fewer texts"

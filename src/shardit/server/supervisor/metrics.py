@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 if TYPE_CHECKING:
     from shardit.engine.process.messages import CacheUse, RequestFinished
     from shardit.server.jobs.job import Job, State
-    from shardit.server.supervisor.running import Running
+    from shardit.server.supervisor.running import RunningJob
 
 disable_created_metrics()
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)
@@ -89,7 +89,7 @@ class SupervisorMetrics:
         for gauge in (self._cache, self._cache_limit, self._cache_share):
             gauge.clear()
 
-    def phases(self, running: Running) -> None:
+    def phases(self, running: RunningJob) -> None:
         """Record the phases of a computed job."""
         if running.first_step is None or running.denoised is None:
             return  # a pipeline without steps

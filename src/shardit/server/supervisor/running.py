@@ -27,13 +27,13 @@ def size_of(request: Request | PromptGroup) -> Size:
     return (request.pipeline, *sides, request.num_outputs, pictures)
 
 
-def in_flight(running: Mapping[int, Running], replica: int) -> list[Running]:
+def in_flight(running: Mapping[int, RunningJob], replica: int) -> list[RunningJob]:
     """Return the jobs that have a slot of a replica."""
     return [one for one in running.values() if one.replica == replica and not one.ahead]
 
 
 @dataclass
-class Running:
+class RunningJob:
     """A job in flight on one replica. Times are those of the monotonic clock, in seconds."""
 
     job: Job

@@ -25,7 +25,7 @@ from shardit.logs import logger
 from shardit.server.jobs.store import CANCELLED_WAITING, Store
 from shardit.server.messages import Measured, Ranks, RanksState, Scrape, Wake
 from shardit.server.options import ServeOptions
-from shardit.server.process.api_process import ApiProcess, Started
+from shardit.server.process.api_process import ApiProcess, StartedApiProcess
 from shardit.server.process.forced_exit import ForcedExit, exit_code
 from shardit.server.supervisor.dispatch import Dispatcher
 from shardit.server.supervisor.metrics import SupervisorMetrics
@@ -51,7 +51,7 @@ class Supervisor:
 
     _session = SESSION
 
-    def __init__(self, options: ServeOptions, api: Started, listener: socket.socket, placement: Placement):
+    def __init__(self, options: ServeOptions, api: StartedApiProcess, listener: socket.socket, placement: Placement):
         self.options = options
         self.log = logger("supervisor")
         self.metrics = SupervisorMetrics()

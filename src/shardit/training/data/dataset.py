@@ -14,7 +14,7 @@ from torch import Tensor
 from shardit.errors import InputError, listed
 from shardit.training.data.buckets import Bucket, Format, bucket_of, frames_asked, sizes_asked
 from shardit.training.data.identity import ITEMS, item_identity
-from shardit.training.data.items import Found, Item, count
+from shardit.training.data.items import FoundItems, Item, count
 from shardit.training.data.media import Extent, Reading
 from shardit.training.data.order import Order
 from shardit.training.data.sources.find import find_items
@@ -95,7 +95,7 @@ def open_dataset(settings: TrainSettings, format: Format, *, held_out: bool = Fa
 
 
 def _samples(
-    found: Found, reading: Reading, sizes: list[tuple[int, int]], format: Format
+    found: FoundItems, reading: Reading, sizes: list[tuple[int, int]], format: Format
 ) -> tuple[list[Sample], list[str]]:
     """Bring items to their buckets. Returns the samples, and notes."""
     samples: list[Sample] = []

@@ -30,14 +30,14 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundItems:
     """The items of some data, sorted by name, and notes for the user."""
 
     items: tuple[Item, ...]
     notes: tuple[str, ...] = ()
 
 
-def found(items: Iterable[Item], notes: Sequence[str] = ()) -> Found:
+def found(items: Iterable[Item], notes: Sequence[str] = ()) -> FoundItems:
     """Return items in the order of their names, with a note on empty captions. Raises InputError for a name that two
     have."""
     ordered = sorted(items, key=lambda item: item.name)
@@ -48,7 +48,7 @@ def found(items: Iterable[Item], notes: Sequence[str] = ()) -> Found:
     if empty:
         captions = "all captions are" if len(empty) == len(ordered) else count(len(empty), "caption is", "captions are")
         notes = [*notes, f"{captions} empty: {listed(empty)}"]
-    return Found(tuple(ordered), tuple(notes))
+    return FoundItems(tuple(ordered), tuple(notes))
 
 
 def media_of(path: Path) -> Media | None:

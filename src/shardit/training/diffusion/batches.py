@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from shardit.training.diffusion.cache import Cache, Entry
+from shardit.training.diffusion.cache import Entry, SampleCache
 from shardit.training.diffusion.families.predictions import Inputs
 from shardit.training.diffusion.families.prompts import joined
-from shardit.training.diffusion.families.table import Family
+from shardit.training.diffusion.families.table import TrainingFamily
 from shardit.training.diffusion.joint import Joint
 from shardit.training.diffusion.noise import noise_of, uniform_of
 from shardit.training.diffusion.objectives import Objective
@@ -21,7 +21,7 @@ from shardit.training.recipe import MicroBatch
 
 
 @dataclass(frozen=True)
-class Sample:
+class CachedSample:
     """One sample of a step: its entries in the cache, its caption, the seed of its noise and timestep, its name."""
 
     latents: Entry
@@ -32,19 +32,19 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Batches:
+class DiffusionBatches:
     """Makes micro-batches. models: names of the trained modules; with two, samples with timesteps from the `boundary`
     on are for the first, others for the second."""
 
-    cache: Cache
-    family: Family
+    cache: SampleCache
+    family: TrainingFamily
     objective: Objective
     timesteps: Timesteps
     models: tuple[str, ...]
     boundary: float | None
     live_prompts: bool = False
 
-    def of(self, samples: Sequence[Sample]) -> list[MicroBatch]:
+    def of(self, samples: Sequence[CachedSample]) -> list[MicroBatch]:
         """Return one micro-batch for each model that has samples among these, which have latents of one size."""
         latents = [self.cache.read(sample.latents) for sample in samples]
         times = [self._time(sample, one["latents"]) for sample, one in zip(samples, latents, strict=True)]
@@ -57,7 +57,7 @@ class Batches:
         ]
 
     def _batch(
-        self, model: str, samples: list[Sample], latents: list[dict[str, torch.Tensor]], times: list[float]
+        self, model: str, samples: list[CachedSample], latents: list[dict[str, torch.Tensor]], times: list[float]
     ) -> MicroBatch:
         stacked = {name: torch.stack([one[name] for one in latents]) for name in latents[0]}
         data = {
@@ -69,13 +69,13 @@ class Batches:
         }
         return MicroBatch(model, data, float(len(samples)), tuple(sample.name for sample in samples))
 
-    def _text(self, samples: list[Sample]) -> dict[str, Any]:
+    def _text(self, samples: list[CachedSample]) -> dict[str, Any]:
         """Return the embeddings of prompts, or the captions themselves for text encoders that are trained."""
         if self.live_prompts:
             return {"captions": [sample.caption for sample in samples]}
         return joined(self.family, [self.cache.read(sample.prompt) for sample in samples])
 
-    def _time(self, sample: Sample, latents: torch.Tensor) -> float:
+    def _time(self, sample: CachedSample, latents: torch.Tensor) -> float:
         """Return the timestep of a sample, which follows from its seed."""
         tokens = latents[0].numel() // self.family.token**2
         return self.objective.timestep(self.timesteps.quantile(uniform_of(sample.seed), tokens))
@@ -88,7 +88,7 @@ class Batches:
 class Loss:
     """The loss of a model for the data of a micro-batch: the mean squared error of its prediction."""
 
-    family: Family
+    family: TrainingFamily
     objective: Objective
     pipeline: Any
     settings: Mapping[str, Any]

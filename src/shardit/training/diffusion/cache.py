@@ -45,7 +45,7 @@ class Entry:
         return json.dumps({"format": FORMAT, "kind": self.kind, **self.made_of}, sort_keys=True, default=str)
 
 
-class Cache:
+class SampleCache:
     """A folder of entries."""
 
     def __init__(self, folder: Path):

@@ -19,7 +19,7 @@ from shardit.loading.source import locate
 from shardit.models import tiny
 from shardit.training.diffusion.cache import digest_of_files
 from shardit.training.diffusion.families.latents import check_vae
-from shardit.training.diffusion.families.table import Family, check_model, family_of
+from shardit.training.diffusion.families.table import TrainingFamily, check_model, family_of
 from shardit.training.settings import TrainSettings
 
 _TINY = "tiny/"
@@ -34,7 +34,7 @@ class Parts:
     components.
     """
 
-    family: Family
+    family: TrainingFamily
     folder: Path
     encoding: Any
     trained: tuple[str, ...]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from shardit.training.diffusion.families.prompts import embedded_with_gradients
-from shardit.training.diffusion.families.table import Family
+from shardit.training.diffusion.families.table import TrainingFamily
 from shardit.training.save import described_adapter
 
 
@@ -21,7 +21,7 @@ class Joint(nn.Module):
     their gradients are summed like those of other parameters outside of blocks.
     """
 
-    def __init__(self, family: Family, pipe: Any, name: str, encoders: Sequence[str]):
+    def __init__(self, family: TrainingFamily, pipe: Any, name: str, encoders: Sequence[str]):
         super().__init__()
         for one in (*encoders, name):
             setattr(self, one, getattr(pipe, one))

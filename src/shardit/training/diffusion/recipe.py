@@ -15,8 +15,8 @@ from shardit.core.comm.mesh import Mesh
 from shardit.errors import InputError, UnsupportedError
 from shardit.training.diffusion import components, files
 from shardit.training.diffusion.adapters import add_lora, targets
-from shardit.training.diffusion.batches import Batches, Loss, Sample
-from shardit.training.diffusion.cache import Cache
+from shardit.training.diffusion.batches import CachedSample, DiffusionBatches, Loss
+from shardit.training.diffusion.cache import SampleCache
 from shardit.training.diffusion.components import Parts
 from shardit.training.diffusion.families.table import FAMILIES, spatial_scale
 from shardit.training.diffusion.joint import Joint
@@ -24,21 +24,21 @@ from shardit.training.diffusion.objectives import objective_of
 from shardit.training.diffusion.samples import Prompt, Sampler, encode
 from shardit.training.diffusion.sized import Sized, sized
 from shardit.training.diffusion.timesteps import timesteps_for, usual_kind
-from shardit.training.recipe import MicroBatch, Recipe
+from shardit.training.recipe import MicroBatch, TrainingRecipe
 from shardit.training.settings import TrainSettings
 
 if TYPE_CHECKING:
     from shardit.training.staged import Stages
 
 
-def recipe(settings: TrainSettings, mesh: Mesh) -> Recipe:
+def recipe(settings: TrainSettings, mesh: Mesh) -> TrainingRecipe:
     """Return the recipe of a diffusers pipeline. Collective: ranks share the making of the cache.
 
     Raises InputError and UnsupportedError, in one line.
     """
     if settings.sample_every and not settings.sample_prompts:
         raise InputError("sample_every needs sample_prompts: name at least one prompt")
-    cache = Cache(_cache_folder(settings))
+    cache = SampleCache(_cache_folder(settings))
     ranks = GroupCoordinator.of_mesh(mesh)["world"]
     parts = components.load_encoding(settings, mesh.device, ranks)
     _check(settings, parts)
@@ -52,7 +52,7 @@ def recipe(settings: TrainSettings, mesh: Mesh) -> Recipe:
         if one is not None:
             one.fill(cache, ranks)
     live = settings.train_text_encoder
-    batches = Batches(cache, parts.family, objective, timesteps, parts.trained, parts.boundary, live)
+    batches = DiffusionBatches(cache, parts.family, objective, timesteps, parts.trained, parts.boundary, live)
     sampler = _sampler(settings, parts, data, mesh, ranks)
     kept = (*(("vae",) if sampler is not None else ()), *(parts.family.encoders if live else ()))
     components.release(parts.encoding, kept)
@@ -63,7 +63,7 @@ def recipe(settings: TrainSettings, mesh: Mesh) -> Recipe:
     models, trained = _set_up(settings, parts, pipe)
     loss = Loss(parts.family, objective, type(pipe), _called_with(pipe), parts.dtype, mesh.device)
     notes = (*data.data.notes, timesteps.described(), *trained)
-    return Recipe(
+    return TrainingRecipe(
         models,
         loss,
         lambda step, replica, replicas: _micro_batches(batches, data.step(step, replica, replicas)),
@@ -99,7 +99,7 @@ def _cache_folder(settings: TrainSettings) -> Path:
     return settings.output / "cache"
 
 
-def _micro_batches(batches: Batches, groups: list[list[Sample]]) -> list[MicroBatch]:
+def _micro_batches(batches: DiffusionBatches, groups: list[list[CachedSample]]) -> list[MicroBatch]:
     return [made for group in groups for made in batches.of(group)]
 
 

@@ -12,8 +12,8 @@ from shardit.core.comm.group import GroupCoordinator
 from shardit.training.data.buckets import Format
 from shardit.training.data.dataset import Dataset, open_dataset
 from shardit.training.data.order import Batch, Draw
-from shardit.training.diffusion.batches import Sample
-from shardit.training.diffusion.cache import Cache, Entry
+from shardit.training.diffusion.batches import CachedSample
+from shardit.training.diffusion.cache import Entry, SampleCache
 from shardit.training.diffusion.components import Parts
 from shardit.training.diffusion.families.latents import condition_of, encoded
 from shardit.training.diffusion.families.prompts import embedded, longest_prompt
@@ -49,7 +49,7 @@ class Sized:
         }
         return Entry("prompts", made_of, f"caption {caption[:60]!r}")
 
-    def fill(self, cache: Cache, ranks: GroupCoordinator) -> None:
+    def fill(self, cache: SampleCache, ranks: GroupCoordinator) -> None:
         """Make what the cache lacks. Collective."""
         family, pipe = self.parts.family, self.parts.encoding
         cache.fill(self._latents, lambda entry: self._encoded(self._items[entry.key]), ranks)
@@ -62,18 +62,18 @@ class Sized:
         named = {f"condition.{name}": tensor for name, tensor in given.items()}
         return {"latents": encoded(pipe.vae, pixels), **named}
 
-    def step(self, step: int, replica: int, replicas: int) -> list[list[Sample]]:
+    def step(self, step: int, replica: int, replicas: int) -> list[list[CachedSample]]:
         """Return the samples of each micro-batch of a replica in a step."""
         return self._samples(self.data.order.step(step, replica, replicas, self.settings.accumulation))
 
-    def once(self) -> list[list[Sample]]:
+    def once(self) -> list[list[CachedSample]]:
         """Return micro-batches with each sample once, with seeds that stay."""
         return self._samples(self.data.order.once())
 
-    def _samples(self, batches: Sequence[Batch]) -> list[list[Sample]]:
+    def _samples(self, batches: Sequence[Batch]) -> list[list[CachedSample]]:
         return [
             [
-                Sample(self._latents[draw.item], self._prompts[caption], caption, draw.seed, draw.name)
+                CachedSample(self._latents[draw.item], self._prompts[caption], caption, draw.seed, draw.name)
                 for draw in batch.draws
                 for caption in [self._caption(draw)]
             ]

@@ -28,7 +28,7 @@ _EPOCHS = 2
 
 
 @dataclass
-class Batches:
+class LanguageBatches:
     """The stream of micro-batches, epoch after epoch. repeats: times that an epoch has each example. limit: the most
     tokens of an example. padding: a token; any is right, since padding is neither a label nor seen by one."""
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shardit.errors import InputError
 from shardit.language.request.messages import chat_tokens
-from shardit.training.language.rows import Row
+from shardit.training.language.rows import TrainingRow
 
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -54,7 +54,7 @@ class Encoder:
     def _added(self) -> dict[int, Any]:
         return getattr(self.tokenizer, "added_tokens_decoder", {})
 
-    def examples(self, rows: Iterable[Row]) -> list[Example]:
+    def examples(self, rows: Iterable[TrainingRow]) -> list[Example]:
         """Return the examples of rows, without those that have no label."""
         found = []
         for row in rows:
@@ -71,7 +71,7 @@ class Encoder:
         limit = self.max_length
         return Example(name, torch.tensor(ids[:limit], dtype=torch.int32), torch.tensor(learnt[:limit]))
 
-    def _text(self, row: Row) -> tuple[list[int], list[bool]]:
+    def _text(self, row: TrainingRow) -> tuple[list[int], list[bool]]:
         """Return the tokens of a text with one end token, all of which are learnt."""
         self.counts["texts"] += 1
         ids, end = list(self.tokenizer(row.text, verbose=False)["input_ids"]), self.tokenizer.eos_token_id
@@ -82,7 +82,7 @@ class Encoder:
         ids = self._begun_once(ids)
         return ids, [True] * len(ids)
 
-    def _chat(self, row: Row) -> tuple[list[int], list[bool]]:
+    def _chat(self, row: TrainingRow) -> tuple[list[int], list[bool]]:
         """Return the tokens of a conversation; answers are learnt if the template marks them."""
         self.counts["conversations"] += 1
         assert row.messages is not None
@@ -102,7 +102,7 @@ class Encoder:
         texts = template.values() if isinstance(template, dict) else [template or ""]
         return any(_MARKED.search(one) for one in texts)
 
-    def _answers(self, row: Row) -> list[bool]:
+    def _answers(self, row: TrainingRow) -> list[bool]:
         """Return for each token of a conversation whether it is part of an answer, or the end token of one."""
         out = self.tokenizer.apply_chat_template(
             row.messages, tools=row.tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
@@ -127,7 +127,7 @@ class Encoder:
         return ids[start:]
 
 
-def _conversation(tokenizer: Any, row: Row) -> list[int]:
+def _conversation(tokenizer: Any, row: TrainingRow) -> list[int]:
     """Return the tokens of a conversation, as a prompt has them. Raises InputError with file and line."""
     try:
         return list(chat_tokens(tokenizer, row.messages or [], None, row.tools, False))
@@ -141,7 +141,7 @@ def begins_texts(tokenizer: Any) -> bool:
     return begin is not None and list(tokenizer("a")["input_ids"])[:1] == [begin]
 
 
-def begin_conversations(tokenizer: Any, row: Row) -> bool:
+def begin_conversations(tokenizer: Any, row: TrainingRow) -> bool:
     """Make the chat template write the begin token that the tokenizer puts before texts, if it writes none; return
     whether that was so. The template is saved with the result, so that prompts have the token, too."""
     template = tokenizer.chat_template

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 
 from shardit.errors import listed
 from shardit.training.language.examples import Encoder, Example
-from shardit.training.language.rows import Rows
+from shardit.training.language.rows import TrainingRows
 
 
-def row_notes(name: str, rows: Rows, encoder: Encoder, examples: Sequence[Example]) -> Iterator[str]:
+def row_notes(name: str, rows: TrainingRows, encoder: Encoder, examples: Sequence[Example]) -> Iterator[str]:
     """Yield the lines about the rows of one setting. encoder: has encoded them."""
     counts, labels = encoder.counts, sum(one.labels for one in examples)
     tokens = sum(len(one.ids) for one in examples)

@@ -19,13 +19,13 @@ from shardit.language.loading.prepared import PreparedDecoder
 from shardit.language.loading.source import ALIASES, DecoderSource, decoder_source
 from shardit.loading.dtypes import setting
 from shardit.training.language.adapters import add_lora, old_names, train_all
-from shardit.training.language.batches import MODEL, Batches
+from shardit.training.language.batches import MODEL, LanguageBatches
 from shardit.training.language.examples import Encoder, Example, begin_conversations
 from shardit.training.language.loss import causal_loss
 from shardit.training.language.notes import row_notes
-from shardit.training.language.rows import Row, Rows, read_rows
+from shardit.training.language.rows import TrainingRow, TrainingRows, read_rows
 from shardit.training.language.samples import Writer, prompt_tokens
-from shardit.training.recipe import Recipe
+from shardit.training.recipe import TrainingRecipe
 from shardit.training.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -45,12 +45,12 @@ _OTHERS = (
 """Settings that only diffusion has."""
 
 
-def recipe(settings: TrainSettings, mesh: Mesh) -> Recipe:
+def recipe(settings: TrainSettings, mesh: Mesh) -> TrainingRecipe:
     """Return the recipe for the ranks of a run; see `language_recipe`."""
     return language_recipe(settings, mesh.sizes["dp"], mesh.device)
 
 
-def language_recipe(settings: TrainSettings, replicas: int, device: torch.device | str = "cpu") -> Recipe:
+def language_recipe(settings: TrainSettings, replicas: int, device: torch.device | str = "cpu") -> TrainingRecipe:
     """Return what a run of training needs of a causal language model.
 
     replicas: their number in the run. Every rank calls this and gets the same. Raises InputError for settings, rows and
@@ -68,7 +68,7 @@ def language_recipe(settings: TrainSettings, replicas: int, device: torch.device
     checked = maker.batches("validation_data", held_out, notes) if held_out is not None else None
     trained, line = _trained(model, source, settings)
     steps = batches.per_epoch / (replicas * settings.accumulation)
-    return Recipe(
+    return TrainingRecipe(
         models={MODEL: trained},
         loss=causal_loss,
         micro_batches=lambda step, replica, of: batches.of_step(step, replica, of, settings.accumulation),
@@ -92,7 +92,7 @@ def check_settings(settings: TrainSettings) -> None:
         raise InputError("data is missing: give a JSONL file, or a folder of .jsonl and .txt files")
 
 
-def _chat_notes(tokenizer: Any, rows: Sequence[Row]) -> list[str]:
+def _chat_notes(tokenizer: Any, rows: Sequence[TrainingRow]) -> list[str]:
     """Settle the chat template on the first conversation; return lines for the user."""
     first = next((row for row in rows if row.messages is not None), None)
     if first is None:
@@ -165,7 +165,7 @@ class _Maker:
     model: Any
     ends: frozenset[int]
 
-    def batches(self, name: str, rows: Rows, notes: list[str]) -> Batches:
+    def batches(self, name: str, rows: TrainingRows, notes: list[str]) -> LanguageBatches:
         """Return the micro-batches of rows; add lines for the user to `notes`."""
         encoder = Encoder(self.tokenizer, self._limit, self.ends)
         examples = encoder.examples(rows.rows)
@@ -175,7 +175,7 @@ class _Maker:
         self._check(name, examples)
         settings, padding = self.settings, self.tokenizer.pad_token_id
         repeats = settings.repeats if name == "data" else 1
-        return Batches(examples, settings.batch_size, repeats, settings.seed, self._limit, padding or 0)
+        return LanguageBatches(examples, settings.batch_size, repeats, settings.seed, self._limit, padding or 0)
 
     @property
     def _limit(self) -> int:
@@ -193,7 +193,7 @@ class _Maker:
             )
 
 
-def _identity(settings: TrainSettings, batches: Batches) -> dict[str, Any]:
+def _identity(settings: TrainSettings, batches: LanguageBatches) -> dict[str, Any]:
     """Return what decides the micro-batches."""
     digest = hashlib.sha256()
     for one in batches.examples:

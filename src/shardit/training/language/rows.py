@@ -25,7 +25,7 @@ _KEYS = ("text", "messages")
 
 
 @dataclass(frozen=True)
-class Row:
+class TrainingRow:
     """A text or a conversation. name: its file below the folder of the data, and its line. tools: functions that the
     chat template is given."""
 
@@ -36,22 +36,22 @@ class Row:
 
 
 @dataclass
-class Rows:
+class TrainingRows:
     """The rows of one setting, in the order of files and lines. empty: names of rows without content. others: names of
     files that are not read."""
 
-    rows: list[Row] = field(default_factory=list)
+    rows: list[TrainingRow] = field(default_factory=list)
     empty: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
 
 
-def read_rows(setting: str, value: str) -> Rows:
+def read_rows(setting: str, value: str) -> TrainingRows:
     """Return the rows of a file, or of all files of a folder and of the folders in it.
 
     setting: the name of the setting, for messages. Raises InputError with file and line for what cannot be read, and
     if there is no row with content.
     """
-    path, found = user_path(setting, value), Rows()
+    path, found = user_path(setting, value), TrainingRows()
     if not path.exists():
         raise InputError(f"{setting}: there is no file or folder {value}: check the path")
     files = _files(path, found) if path.is_dir() else [path]
@@ -69,7 +69,7 @@ def read_rows(setting: str, value: str) -> Rows:
     return found
 
 
-def _files(folder: Path, found: Rows) -> list[Path]:
+def _files(folder: Path, found: TrainingRows) -> list[Path]:
     """Return the files to read, sorted by name: the order does not depend on the file system."""
     chosen: list[Path] = []
     for path in sorted(folder.rglob("*"), key=lambda one: one.relative_to(folder).as_posix()):
@@ -83,10 +83,10 @@ def _files(folder: Path, found: Rows) -> list[Path]:
     return chosen
 
 
-def _rows_of(file: Path, name: str) -> Iterator[Row]:
+def _rows_of(file: Path, name: str) -> Iterator[TrainingRow]:
     content = _content(file)
     if file.name.lower().endswith(".txt"):
-        yield Row(name, text=_decoded(content, name))
+        yield TrainingRow(name, text=_decoded(content, name))
         return
     # Only line feeds separate rows: a text may contain other separators of lines.
     for number, line in enumerate(content.split(b"\n"), 1):
@@ -119,7 +119,7 @@ def _decoded(content: bytes, where: str) -> str:
         raise InputError(f"{where} is not UTF-8 (byte 0x{byte:02x} at {error.start}): save it as UTF-8") from error
 
 
-def _row(line: str, where: str) -> Row:
+def _row(line: str, where: str) -> TrainingRow:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -142,4 +142,4 @@ def _row(line: str, where: str) -> Row:
         raise InputError(f"{where}: {error}") from error
     if problem := text_problem((text, messages, tools)):
         raise InputError(f"{where} must be {problem}")
-    return Row(where, text, messages, tools)
+    return TrainingRow(where, text, messages, tools)

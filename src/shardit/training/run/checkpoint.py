@@ -23,7 +23,7 @@ _FIELDS = {"step", "files", "average_updates", "settings", "identity"}
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class TrainingCheckpoint:
     """A checkpoint on the disk. step: optimizer steps done. record: what the run was."""
 
     folder: Path
@@ -31,7 +31,7 @@ class Checkpoint:
     record: dict[str, Any]
 
 
-def find(output: Path) -> list[Checkpoint]:
+def find(output: Path) -> list[TrainingCheckpoint]:
     """Return the complete checkpoints of a run, the newest first. Raises InputError if one is damaged."""
     found = []
     for folder in (output / CHECKPOINTS).glob("step-*"):
@@ -39,7 +39,7 @@ def find(output: Path) -> list[Checkpoint]:
             record = json.loads((folder / RECORD).read_text("utf-8"))
             if missing := _FIELDS - record.keys():
                 raise KeyError(min(missing))
-            found.append(Checkpoint(folder, int(record["step"]), record))
+            found.append(TrainingCheckpoint(folder, int(record["step"]), record))
         except FileNotFoundError:
             continue  # it was being removed
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -149,7 +149,7 @@ def _compact(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
-def restore(trained: Trained, checkpoint: Checkpoint) -> None:
+def restore(trained: Trained, checkpoint: TrainingCheckpoint) -> None:
     """Set weights, optimizer and average to those of a checkpoint, written by whatever number of stages. Raises
     InputError."""
     missing = set(trained.parameters)

@@ -6,7 +6,7 @@ import os
 
 from shardit.engine.process.exit_code import INTERRUPTED, OK
 from shardit.engine.process.process import started_by_torchrun
-from shardit.training.run.options.flags import Several as Several
+from shardit.training.run.options.flags import RepeatedFlags as RepeatedFlags
 from shardit.training.run.options.flags import TrainFlags
 
 

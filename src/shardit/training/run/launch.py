@@ -89,7 +89,7 @@ def run_joined(spec: TrainSpec) -> bool:
     from shardit.engine.rank.worker import open_session
 
     check_world_size(spec.config.world_size)
-    rank, asked = int(os.environ["RANK"]), Asked()
+    rank, asked = int(os.environ["RANK"]), StopRequest()
     with handled(asked.signal), naming_rank(rank):
         session = open_session(spec, rank=rank, world_size=spec.config.world_size, init_method="env://")
         early = session.run(asked.is_set, asked.begin)
@@ -97,7 +97,7 @@ def run_joined(spec: TrainSpec) -> bool:
     return early
 
 
-class Asked:
+class StopRequest:
     """Whether a rank of torchrun was asked to end after the present step."""
 
     def __init__(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from shardit.config import DiffusionParallelConfig
 from shardit.errors import InputError
 from shardit.training.data.identity import difference
-from shardit.training.recipe import Recipe
+from shardit.training.recipe import TrainingRecipe
 from shardit.training.run.contents import contents_of
 from shardit.training.settings import TrainSettings
 
@@ -50,7 +50,7 @@ _NOTED = (
 """Settings that may differ, with a note. All others must be the same."""
 
 
-def record_of(settings: TrainSettings, config: DiffusionParallelConfig, recipe: Recipe) -> dict[str, Any]:
+def record_of(settings: TrainSettings, config: DiffusionParallelConfig, recipe: TrainingRecipe) -> dict[str, Any]:
     """Return a checkpoint's record of its run, as JSON values."""
     found = {
         "settings": dataclasses.asdict(settings),

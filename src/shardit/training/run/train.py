@@ -15,8 +15,8 @@ from shardit.core.comm.group import GroupCoordinator
 from shardit.core.comm.mesh import Mesh
 from shardit.core.runtime.randomness import seed_all
 from shardit.errors import InputError, RankError
-from shardit.training.recipe import Recipe
-from shardit.training.run.checkpoint import Checkpoint, Checkpoints, find, restore
+from shardit.training.recipe import TrainingRecipe
+from shardit.training.run.checkpoint import Checkpoints, TrainingCheckpoint, find, restore
 from shardit.training.run.places import AVERAGE, CHECKPOINTS, SAMPLES
 from shardit.training.run.report import Report
 from shardit.training.run.resume import compare, record_of
@@ -32,7 +32,7 @@ def train(
     settings: TrainSettings,
     config: DiffusionParallelConfig,
     mesh: Mesh,
-    make: Callable[[TrainSettings, Mesh], Recipe],
+    make: Callable[[TrainSettings, Mesh], TrainingRecipe],
     stop: Callable[[], bool] = lambda: False,
     began: Callable[[], None] = lambda: None,
 ) -> bool:
@@ -52,7 +52,7 @@ def train(
     return Run(settings, config, mesh, make(settings, mesh)).run(stop, began)
 
 
-def steps_of(settings: TrainSettings, recipe: Recipe) -> int:
+def steps_of(settings: TrainSettings, recipe: TrainingRecipe) -> int:
     """Return the number of optimizer steps."""
     if settings.epochs is not None:
         return max(1, math.ceil(settings.epochs * recipe.steps_per_epoch - 1e-9))
@@ -62,7 +62,7 @@ def steps_of(settings: TrainSettings, recipe: Recipe) -> int:
 class Run:
     """The parts of a run. All methods are collective."""
 
-    def __init__(self, settings: TrainSettings, config: DiffusionParallelConfig, mesh: Mesh, recipe: Recipe):
+    def __init__(self, settings: TrainSettings, config: DiffusionParallelConfig, mesh: Mesh, recipe: TrainingRecipe):
         assert settings.output is not None
         self.settings, self.mesh, self.recipe, self.output = settings, mesh, recipe, settings.output
         self.world = GroupCoordinator.of_mesh(mesh)["world"]
@@ -85,7 +85,7 @@ class Run:
         for note in notes:
             self.report.note(note)
 
-    def _newest(self) -> Checkpoint | InputError | None:
+    def _newest(self) -> TrainingCheckpoint | InputError | None:
         """On the first rank: return the checkpoint to go on at, or what is wrong."""
         if not self.world.is_first_rank or not self.settings.resume:
             return None
@@ -94,7 +94,7 @@ class Run:
         except InputError as error:
             return error
 
-    def _compared(self, start: Checkpoint | None) -> list[str]:
+    def _compared(self, start: TrainingCheckpoint | None) -> list[str]:
         if start is None:
             missing = f"there is no checkpoint in {self.output} yet: the run begins at step 1"
             return [missing] if self.settings.resume else []

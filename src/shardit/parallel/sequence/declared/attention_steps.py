@@ -21,8 +21,8 @@ from shardit.parallel.attention.block_attention import (
     exchange_state,
     other_sizes,
 )
-from shardit.parallel.attention.sequence_attention import Call, Layout, SequenceAttention
-from shardit.parallel.sequence.declared.token_rows import Rows, Runs, partitioned_rows, runs_of, take
+from shardit.parallel.attention.sequence_attention import AttentionLayout, Call, SequenceAttention
+from shardit.parallel.sequence.declared.token_rows import Runs, TokenRows, partitioned_rows, runs_of, take
 
 GATHERING = ATTENDING + 10
 """A state of a rank in an exchange (see `block_attention.py`)."""
@@ -50,7 +50,7 @@ class GatherStep:
     """Gathers a tensor with `rows` on this rank."""
 
     seen: Seen
-    rows: Rows
+    rows: TokenRows
 
     def run(self, tensor: torch.Tensor, dim: int, attention: SequenceAttention) -> torch.Tensor:
         """Return the whole tensor."""
@@ -63,9 +63,9 @@ class AttentionStep:
     None if it is not split; select_rows: the mask has the rows of all queries."""
 
     seen: Seen
-    q: Rows
-    k: Rows
-    layout: Layout | None
+    q: TokenRows
+    k: TokenRows
+    layout: AttentionLayout | None
     rows: Runs | None = None
     columns: Runs | None = None
     select_rows: bool = False
@@ -112,7 +112,7 @@ def learn_gather(
     if sum(counts) != total:
         why = "it is not split here" if set(counts) == {total} else "tokens that every rank has must be left out before"
         raise UnsupportedError(f"{seen.title} cannot be gathered: the ranks have {counts} of {total} tokens; {why}")
-    return GatherStep(seen, Rows(seen.sizes[0], total, tuple(counts), runs_of(real)))
+    return GatherStep(seen, TokenRows(seen.sizes[0], total, tuple(counts), runs_of(real)))
 
 
 def learn_attention(seen: Seen, whole: Seen, call: Call, attention: SequenceAttention, padded: bool) -> AttentionStep:
@@ -140,12 +140,12 @@ def learn_attention(seen: Seen, whole: Seen, call: Call, attention: SequenceAtte
     if k.everywhere:
         chosen = runs_of(q.natural(attention.sp.index)) if select else None
         return AttentionStep(seen, q, k, None, chosen, None, select)
-    layout = Layout(q.lens, k.lens, own_rows or select, own_columns)
+    layout = AttentionLayout(q.lens, k.lens, own_rows or select, own_columns)
     mask_rows = q.own if own_rows else runs_of(q.natural(attention.sp.index)) if select else None
     return AttentionStep(seen, q, k, layout, mask_rows, _columns(k, own_columns, whole_columns), select)
 
 
-def _columns(k: Rows, own: bool, whole_columns: int) -> Runs | None:
+def _columns(k: TokenRows, own: bool, whole_columns: int) -> Runs | None:
     """Return this rank's columns of a mask, or all of them in the order in which keys come from the ranks."""
     if own:
         return k.own
@@ -162,12 +162,12 @@ def _rows(
     counts: Sequence[int],
     real: Sequence[int],
     attention: SequenceAttention,
-) -> Rows:
+) -> TokenRows:
     """Find the rows of each rank. lens, counts: rows on each rank, and their number without padding. real: indices of
     those on this rank."""
     here, size = lens[attention.sp.index], attention.sp.size
     if set(lens) == {whole} and lens == counts:
-        return Rows(here, whole, own=((0, here),), everywhere=True)
+        return TokenRows(here, whole, own=((0, here),), everywhere=True)
     shared, rest = divmod(sum(counts) - whole, size - 1)
     if rest or not 0 <= shared <= min(counts):
         why = f" (of {list(lens)}; the other tokens have met padding)" if counts != lens else ""

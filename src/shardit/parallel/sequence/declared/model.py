@@ -27,7 +27,7 @@ from shardit.core.runtime.microbatch import CLOSE
 from shardit.core.runtime.pending import materialize
 from shardit.core.runtime.randomness import generators_kept
 from shardit.core.runtime.yielding import undisturbed
-from shardit.core.stages.stages import Stages
+from shardit.core.stages.stages import TransformerStages
 from shardit.errors import InputError, RankError, UnsupportedError
 from shardit.parallel.attention.block_attention import DONE, FAILED, exchange_state
 from shardit.parallel.attention.hook import attention_goes_to
@@ -35,7 +35,7 @@ from shardit.parallel.attention.sequence_attention import SequenceAttention
 from shardit.parallel.compare import disturbed, same, same_left
 from shardit.parallel.sequence.declared.attention_steps import Seen, Step
 from shardit.parallel.sequence.declared.module_hooks import call_module
-from shardit.parallel.sequence.declared.passes import Differs, Pass, ReferencePass, ShardedPass
+from shardit.parallel.sequence.declared.passes import Pass, PassMismatch, ReferencePass, ShardedPass
 from shardit.parallel.sequence.declared.rules import ModuleRules, read_plan
 
 MAX_SIGNATURES = 1024
@@ -49,14 +49,14 @@ Forward = Callable[..., Any]
 
 
 @dataclass
-class Running:
+class RunningForward:
     """One running forward of a planned model."""
 
     owner: PlannedSequence
     current: Pass
 
 
-_running: ContextVar[Running | None] = ContextVar("shardit_planned", default=None)
+_running: ContextVar[RunningForward | None] = ContextVar("shardit_planned", default=None)
 
 
 def running_pass() -> Pass | None:
@@ -81,7 +81,7 @@ class PlannedSequence:
     attention: SequenceAttention
     attribute: str
     rules: list[ModuleRules]
-    stages: Stages | None = None
+    stages: TransformerStages | None = None
     checked: int = 0
     _steps: OrderedDict[Any, list[Step]] = field(default_factory=OrderedDict)
 
@@ -107,7 +107,7 @@ class PlannedSequence:
         self._steps.move_to_end(key)
         try:
             return self._run(ShardedPass(self.attention, self._steps[key]), call, args, kwargs)
-        except Differs as error:  # lengths depend on values; all ranks see it at the same point
+        except PassMismatch as error:  # lengths depend on values; all ranks see it at the same point
             if self.stages is not None:
                 raise UnsupportedError(
                     f"{self._name} does something else than in its first call of this shape ({error}), which stages "
@@ -121,7 +121,7 @@ class PlannedSequence:
         self._steps.clear()
 
     def _run(self, how: Pass, call: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        token = _running.set(Running(self, how))
+        token = _running.set(RunningForward(self, how))
         try:
             with torch.no_grad(), attention_goes_to(how):
                 out = call(*args, **kwargs) if self._own is None else call_module(how, self._own, call, args, kwargs)

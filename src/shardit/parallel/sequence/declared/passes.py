@@ -28,11 +28,11 @@ from shardit.parallel.sequence.declared.attention_steps import (
     seen_attention,
 )
 from shardit.parallel.sequence.declared.rules import Rule
-from shardit.parallel.sequence.shards.lazy import Cache
+from shardit.parallel.sequence.shards.lazy import ShardCache
 from shardit.parallel.sequence.shards.token_dims import Split
 
 
-class Differs(Exception):
+class PassMismatch(Exception):
     """A forward differs from the one from which its steps were learned."""
 
 
@@ -72,10 +72,10 @@ class ShardedPass:
     padded: bool = False
     peer_failed: bool = False
     _next: int = 0
-    _cache: Cache = field(init=False)
+    _cache: ShardCache = field(init=False)
 
     def __post_init__(self) -> None:
-        self._cache = Cache(self.attention.sp)
+        self._cache = ShardCache(self.attention.sp)
 
     @property
     def blank(self) -> float:
@@ -134,7 +134,7 @@ class ShardedPass:
     def finish(self) -> None:
         """Check at the end of the forward that all steps were run."""
         if self._next != len(self.steps if self.whole is None else self.whole):
-            raise Differs(f"{self._next} steps instead of {len(self.steps)}")
+            raise PassMismatch(f"{self._next} steps instead of {len(self.steps)}")
 
     def _learned(self, learn: Callable[..., Step], seen: Seen, *args: Any) -> Step:
         try:
@@ -155,7 +155,7 @@ class ShardedPass:
         self._next += 1
         if n >= len(self.steps) or self.steps[n].seen != seen:
             known = self.steps[n].seen if n < len(self.steps) else "the end"
-            raise Differs(f"{seen} instead of {known}")
+            raise PassMismatch(f"{seen} instead of {known}")
         return self.steps[n]
 
 

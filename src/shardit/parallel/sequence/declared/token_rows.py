@@ -15,7 +15,7 @@ Runs = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
-class Rows:
+class TokenRows:
     """The rows (tokens) over the ranks of one tensor with `whole` rows in total.
 
     local: rows on this rank. own: the rows that it contributes, so that all ranks together have each row once. lens:
@@ -67,7 +67,7 @@ class Rows:
 
 def partitioned_rows(
     here: int, whole: int, real: Sequence[int], counts: Sequence[int], shared: tuple[int, int], rank: int
-) -> Rows:
+) -> TokenRows:
     """Return the rows of a tensor with `counts[rank]` rows without padding on each rank; `real`: their indices on this
     rank.
 
@@ -80,7 +80,7 @@ def partitioned_rows(
     start = sum(partitioned[:rank])
     own = sorted([*both[start : start + partitioned[rank]], *real[front : len(real) - back]])
     lens = tuple(n - front - back + d for n, d in zip(counts, partitioned, strict=True))
-    return Rows(here, whole, lens, runs_of(own), runs_of(both), front)
+    return TokenRows(here, whole, lens, runs_of(own), runs_of(both), front)
 
 
 def runs_of(indices: Sequence[int]) -> Runs:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from shardit.parallel.sequence.shards.lazy import Cache, ShardSource
+from shardit.parallel.sequence.shards.lazy import ShardCache, ShardSource
 from shardit.parallel.sequence.shards.token_dims import Shape, Split
 
 
@@ -18,7 +18,7 @@ class Flow:
     """One running forward: shards of the arguments of its blocks. numbers: the kind of the numbers that it is given."""
 
     owner: Any
-    cache: Cache
+    cache: ShardCache
     numbers: Any
     in_block: bool = False
     _parts: dict[int, tuple[Callable[[], Any], Callable[[torch.Tensor], torch.Tensor]]] = field(default_factory=dict)

@@ -27,12 +27,13 @@ from shardit.core.runtime.flat_call import modes
 from shardit.core.runtime.numbers_seen import NumbersSeen, floats_in
 from shardit.core.runtime.pending import PendingTensor, materialize, materialize_leaves
 from shardit.core.runtime.randomness import generators_kept
-from shardit.core.stages.stages import Stages
+from shardit.core.stages.stages import TransformerStages
 from shardit.errors import RankError, UnsupportedError
 from shardit.parallel.attention.block_attention import DONE, FAILED, BlockAttention, OutOfStep, exchange_state
 from shardit.parallel.attention.hook import attention_goes_to
-from shardit.parallel.attention.sequence_attention import Layout, SequenceAttention
+from shardit.parallel.attention.sequence_attention import SequenceAttention
 from shardit.parallel.block_signature import fingerprint, value_key
+from shardit.parallel.sequence.found.block_step import BlockStep
 from shardit.parallel.sequence.found.flow import Flow
 from shardit.parallel.sequence.found.search import REMEDY, BlockPlan, NoShardingFound, find_plan
 from shardit.parallel.sequence.partitioned.modules import intercept
@@ -44,24 +45,13 @@ from shardit.parallel.sequence.partitioned.run import (
     rows_by_module,
 )
 from shardit.parallel.sequence.partitioned.search import SMALL, WORTH, describe, find_partition, share_of_list
-from shardit.parallel.sequence.shards.lazy import Cache, ShardSource
+from shardit.parallel.sequence.shards.lazy import ShardCache, ShardSource
 from shardit.parallel.sequence.shards.token_dims import Shape
 
 log = logging.getLogger(__name__)
 
 MAX_STEPS = 1024
 """Sizes of block calls that are remembered per transformer."""
-
-
-@dataclass
-class Step:
-    """A kind of block call at given sizes. plan None: every rank runs it whole, `partitioned` by operations if it is
-    given. layouts None: not learned yet, or read off the tensors of each call since they may depend on values."""
-
-    plan: BlockPlan | None
-    partitioned: PartitionedBlock | None = None
-    totals: tuple[int, ...] = ()
-    layouts: list[Layout] | None = None
 
 
 _flow: ContextVar[Flow | None] = ContextVar("shardit_flow", default=None)
@@ -78,7 +68,7 @@ class SequenceParallel:
     model: nn.Module
     attention: SequenceAttention
     blocks: list[tuple[str, nn.Module]]
-    stages: Stages | None = None
+    stages: TransformerStages | None = None
     may_partition: bool = False
     checked: int = 0
     by_hand = False
@@ -89,7 +79,7 @@ class SequenceParallel:
     _partitioned: dict[Any, PartitionedBlock] = field(default_factory=dict)
     _rows: dict[int, tuple[PartitionedBlock, PartitionedRows]] = field(default_factory=dict)
     _noted: set[str] = field(default_factory=set)
-    _steps: dict[Any, Step] = field(default_factory=dict)
+    _steps: dict[Any, BlockStep] = field(default_factory=dict)
     _numbers: NumbersSeen = field(default_factory=NumbersSeen)
 
     # Calls of the model and of a block.
@@ -101,7 +91,7 @@ class SequenceParallel:
             return call(*args, **kwargs)
         leaves = tree_leaves((args, kwargs))
         materialize_leaves(leaves)
-        flow = Flow(self, Cache(self.attention.sp), self._numbers.kind(floats_in(leaves)))
+        flow = Flow(self, ShardCache(self.attention.sp), self._numbers.kind(floats_in(leaves)))
         token = _flow.set(flow)
         try:
             with torch.no_grad():
@@ -129,7 +119,7 @@ class SequenceParallel:
             flow.in_block = False
         return self._lazily_whole(flow, step, out)
 
-    def _shards(self, flow: Flow, step: Step, leaves: list[Any]) -> list[Any]:
+    def _shards(self, flow: Flow, step: BlockStep, leaves: list[Any]) -> list[Any]:
         assert step.plan is not None
         candidate, shards = step.plan.candidate, []
         for q, (leaf, split) in enumerate(zip(leaves, candidate.splits, strict=True)):
@@ -143,7 +133,7 @@ class SequenceParallel:
             shards.append(leaf)
         return shards
 
-    def _run(self, index: int, step: Step, call: Callable[[], Any]) -> Any:
+    def _run(self, index: int, step: BlockStep, call: Callable[[], Any]) -> Any:
         assert step.plan is not None
         if not self._owned[index]:  # another stage runs it
             return call()
@@ -174,7 +164,7 @@ class SequenceParallel:
             raise UnsupportedError(f"{self._title(index)} {text}: {REMEDY}") from error
         return out
 
-    def _run_whole(self, index: int, step: Step, call: Callable[[], Any]) -> Any:
+    def _run_whole(self, index: int, step: BlockStep, call: Callable[[], Any]) -> Any:
         flow = _flow.get()
         if step.partitioned is None or not self._owned[index] or flow is None:
             return call()
@@ -189,7 +179,7 @@ class SequenceParallel:
         finally:
             flow.in_block = False
 
-    def _lazily_whole(self, flow: Flow, step: Step, out: Any) -> Any:
+    def _lazily_whole(self, flow: Flow, step: BlockStep, out: Any) -> Any:
         assert step.plan is not None
         leaves, spec = tree_flatten(out)
         if len(leaves) != len(step.plan.outs):
@@ -204,7 +194,7 @@ class SequenceParallel:
 
     # Kinds of block calls.
 
-    def _step(self, flow: Flow, index: int, call: Callable[..., Any], leaves: list[Any], spec: Any) -> Step:
+    def _step(self, flow: Flow, index: int, call: Callable[..., Any], leaves: list[Any], spec: Any) -> BlockStep:
         shapes = [_shape(leaf) for leaf in leaves]
         processors = tuple(type(own.get(PROCESSOR)) for own in self._attentions[index])
         kind = (self._fingerprints[index], processors, spec, tuple(map(value_key, leaves)), flow.numbers, modes())
@@ -217,9 +207,9 @@ class SequenceParallel:
             if plan is None and dealt_kind not in self._partitioned:
                 plan = self._find(kind, index, call, leaves, spec, shapes)
             if plan is None:
-                step = Step(None, self._partitioned.get(dealt_kind))
+                step = BlockStep(None, self._partitioned.get(dealt_kind))
             else:
-                step = Step(plan, None, plan.candidate.totals(shapes))
+                step = BlockStep(plan, None, plan.candidate.totals(shapes))
             self._steps[key] = step
         return step
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from shardit.core.comm.collectives import Collectives, even_sizes
-from shardit.core.runtime.pending import PendingTensor, Source
+from shardit.core.runtime.pending import PendingSource, PendingTensor
 from shardit.parallel.sequence.shards.token_dims import Shape, Split, cut
 
 
-class ShardSource(Source):
+class ShardSource(PendingSource):
     """A whole tensor that is sharded over ranks: the shard of this rank, and the split of the whole.
 
     Waiting for it gathers it. All ranks run the same program, so all gather it at the same point.
@@ -64,7 +64,7 @@ MAX_CACHED = 16
 
 
 @dataclass
-class Cache:
+class ShardCache:
     """Caches shards of the whole tensors among the arguments of blocks in one forward: most are arguments of every
     block."""
 

@@ -26,7 +26,7 @@ Numbers = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Found:
+class ModuleCut:
     """The cut of a module: channels of each rank, by name of the linear or depthwise convolution,
     and the numbers to set."""
 
@@ -37,7 +37,7 @@ class Found:
     heads: bool
 
 
-def cut_as_found(cutter: Cutter, name: str, module: nn.Module, known: dict[Any, Found | None]) -> bool:
+def cut_as_found(cutter: Cutter, name: str, module: nn.Module, known: dict[Any, ModuleCut | None]) -> bool:
     """Cut a module if a trial finds how. known: results of modules that are built alike. Returns whether it is cut."""
     linears = [part for part, one in module.named_modules() if is_like_linear(one)]
     inside = f"{name}." if name else ""
@@ -96,7 +96,7 @@ def _outline(module: nn.Module) -> Any:
     return repr((numbers, shapes, processors))
 
 
-def _find(module: nn.Module, names: tuple[str, ...], units: tuple[str, ...], cutter: Cutter) -> Found | None:
+def _find(module: nn.Module, names: tuple[str, ...], units: tuple[str, ...], cutter: Cutter) -> ModuleCut | None:
     """Return how a module can be cut; None if no trial shows it."""
     head = number_of(module, (*rules.HEAD_SIZES, *rules.FURTHER_HEAD_SIZES))
     for pairs in (False, True) if units else (False,):
@@ -117,7 +117,7 @@ def _find(module: nn.Module, names: tuple[str, ...], units: tuple[str, ...], cut
     return None
 
 
-def _confirmed(trial: Trial, again: Trial, call: Call, structure: Structure, parts: Parts) -> Found | None:
+def _confirmed(trial: Trial, again: Trial, call: Call, structure: Structure, parts: Parts) -> ModuleCut | None:
     """Return the cut if the code gives on the slices of every rank what it gives of the whole."""
     count = parts if isinstance(parts, int) else len(parts)
     if any(len(groups) < count for groups in structure.kinds):
@@ -127,7 +127,7 @@ def _confirmed(trial: Trial, again: Trial, call: Call, structure: Structure, par
     if not all(channels.values()):
         return None
     for numbers in _numbers(trial.module, structure, parts):
-        cut = Found(into, out, channels, numbers, any(name in rules.HEAD_COUNTS for name in numbers))
+        cut = ModuleCut(into, out, channels, numbers, any(name in rules.HEAD_COUNTS for name in numbers))
         if all(_is_right(trial, copy.deepcopy(again), call, cut, rank) for rank in range(count)):
             return cut
     return None
@@ -159,7 +159,7 @@ def _numbers(module: nn.Module, structure: Structure, parts: Parts) -> Iterator[
 _WIDTHS = (*rules.QUERY_WIDTHS, *rules.KEY_WIDTHS, *rules.HIDDEN_WIDTHS)
 
 
-def _is_right(trial: Trial, part: Trial, call: Call, cut: Found, rank: int) -> bool:
+def _is_right(trial: Trial, part: Trial, call: Call, cut: ModuleCut, rank: int) -> bool:
     """Return whether one rank's part, a copy, gives the linears behind it the rank's part of what they get of the
     whole."""
     expected = trial.run(*call)

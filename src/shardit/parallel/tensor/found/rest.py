@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from shardit.parallel.tensor.found.cut import Found, cut_as_found
+from shardit.parallel.tensor.found.cut import ModuleCut, cut_as_found
 from shardit.parallel.tensor.heads import is_linear, join
 from shardit.parallel.tensor.plan import Cutter
 
@@ -31,7 +31,7 @@ FEWEST = 1 << 16
 
 def cut_rest(cutter: Cutter) -> None:
     """Cut what no rule has cut."""
-    known: dict[Any, Found | None] = {}
+    known: dict[Any, ModuleCut | None] = {}
     modules = dict(cutter.model.named_modules())
     total = sum(parameter.numel() for parameter in cutter.model.parameters())
     for name, module in reversed(modules.items()):  # a part before the module around it

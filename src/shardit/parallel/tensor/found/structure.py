@@ -27,7 +27,7 @@ Call = tuple[Sequence[Any], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class Group:
+class ChannelGroup:
     """Blocks of channels that belong together, such as a head: of the outputs of each linear in `into`, and of the
     inputs of each in `out`; numbers of blocks by the name of the linear."""
 
@@ -44,7 +44,7 @@ class Group:
 class Structure:
     """The groups of a module by their kind, and the channels of one block."""
 
-    kinds: tuple[tuple[Group, ...], ...]
+    kinds: tuple[tuple[ChannelGroup, ...], ...]
     unit: int
 
     def runs_of_ranks(self, parts: Parts) -> list[list[tuple[int, int]]]:
@@ -120,7 +120,7 @@ def _groups(
     unit: int,
     result: Any,
     seen: Mapping[str, list[torch.Tensor]],
-) -> tuple[tuple[Group, ...], ...]:
+) -> tuple[tuple[ChannelGroup, ...], ...]:
     """Move each block of outputs in turn, and join it with the blocks of inputs that change."""
     joined: dict[tuple[str, int], tuple[str, int]] = {}
 
@@ -149,7 +149,7 @@ def _groups(
 
 def _by_kind(
     into: list[str], out: list[str], roots: Mapping[Any, Any], linears: Mapping[str, StandIn], unit: int
-) -> tuple[tuple[Group, ...], ...]:
+) -> tuple[tuple[ChannelGroup, ...], ...]:
     members: dict[Any, dict[str, list[int]]] = {}
     for (name, block), root in sorted(roots.items()):
         members.setdefault(root, {}).setdefault(name, []).append(block)
@@ -157,10 +157,10 @@ def _by_kind(
     widths = {name: linears[name].width for name in into} | {name: linears[name].size for name in out}
     if any(covered[name] * unit != widths[name] for name in widths):
         raise NoTrialError("its channels are no whole groups")
-    kinds: dict[Any, list[Group]] = {}
+    kinds: dict[Any, list[ChannelGroup]] = {}
     for found in sorted(members.values(), key=lambda one: [one[name][0] for name in out if name in one]):
         sides = [tuple((name, tuple(found[name])) for name in side if name in found) for side in (into, out)]
-        group = Group(*sides)
+        group = ChannelGroup(*sides)
         kinds.setdefault(group.kind, []).append(group)
     return tuple(map(tuple, kinds.values()))
 

@@ -20,7 +20,7 @@ from shardit.server.http.submit.resolve import pipeline_names
 from shardit.server.http.submit.submit import job_kind
 from shardit.server.jobs.job import Kind
 from shardit.server.messages import Ranks, RanksState
-from shardit.server.options import Limits
+from shardit.server.options import RequestLimits
 
 
 class Model(BaseModel):
@@ -161,7 +161,7 @@ def _example_prompt(context: Context) -> str:
     return tiny.example_prompt(options.model.removeprefix("tiny/")) if of_pipeline else ""
 
 
-def _most_images(takes: PipelineSignature | None, limits: Limits) -> int:
+def _most_images(takes: PipelineSignature | None, limits: RequestLimits) -> int:
     if takes is None or takes.image_name is None:
         return 0
     return 1 if takes.one_image else limits.input_images

@@ -14,7 +14,7 @@ from shardit.server.http.state.context import Context
 from shardit.server.http.texts.answers import Answers, ChatAnswer, CompletionAnswer
 from shardit.server.http.texts.running import TextJob
 from shardit.server.http.texts.stream import EventResponse, events
-from shardit.server.http.texts.submit import Asked, ask_chat, ask_completion
+from shardit.server.http.texts.submit import TextSubmission, ask_chat, ask_completion
 
 _POST: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {}}, "description": "The texts; with stream: true their pieces as events."},
@@ -41,7 +41,7 @@ def text_routes(context: Context) -> APIRouter:
     return router
 
 
-async def _made(request: Request, context: Context, asked: Asked) -> Response:
+async def _made(request: Request, context: Context, asked: TextSubmission) -> Response:
     job, shown = TextJob(request, context, asked), Answers(asked, context.options.name)
     headers = {"X-Shardit-Notes": json.dumps(asked.notes)} if asked.notes else {}
     streams = False

@@ -23,7 +23,7 @@ from shardit.server.http.schema.field_types import (
     model_of,
     optional,
 )
-from shardit.server.options import Limits
+from shardit.server.options import RequestLimits
 from shardit.settings.checks import LARGEST
 from shardit.settings.declare import declared
 from shardit.settings.model_options import OPTION_NAMES
@@ -81,7 +81,7 @@ class FieldModels:
     generation: type[BaseModel]
 
 
-def field_models(limits: Limits) -> FieldModels:
+def field_models(limits: RequestLimits) -> FieldModels:
     """Build the models with these limits."""
     shared = {**_diffusers_fields(limits), **_openai_fields(limits)}
     shared |= {name: optional(kind, "Accepted, without effect.") for name, kind in NO_MEANING.items()}
@@ -139,7 +139,7 @@ def _is_of_use(name: str, pipeline_names: Collection[str]) -> bool:
 _OF_DIFFUSERS = frozenset(field_names())
 
 
-def _diffusers_fields(limits: Limits) -> dict[str, Any]:
+def _diffusers_fields(limits: RequestLimits) -> dict[str, Any]:
     most = {
         "width": limits.pixels,
         "height": limits.pixels,
@@ -169,7 +169,7 @@ def _diffusers_fields(limits: Limits) -> dict[str, Any]:
     }
 
 
-def _openai_fields(limits: Limits) -> dict[str, Any]:
+def _openai_fields(limits: RequestLimits) -> dict[str, Any]:
     size: Any = Annotated[str, Field(pattern=r"^([0-9]{1,9}x[0-9]{1,9}|auto)$")]
     return {
         "prompt": (

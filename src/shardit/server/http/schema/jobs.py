@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from shardit.server.jobs.job import Job
-from shardit.server.messages import Step
+from shardit.server.messages import StepDone
 
 SECONDS_A_DAY = 86400.0
 
@@ -126,7 +126,7 @@ class Deleted(BaseModel):
 
 
 def view(
-    job: Job, *, model: str, base_url: str, position: int | None, step: Step | None, keep_days: float
+    job: Job, *, model: str, base_url: str, position: int | None, step: StepDone | None, keep_days: float
 ) -> ImageJob | VideoJob | GenerationJob:
     """Return the present view of a job. step: the latest known progress. position: its place in the queue."""
     shown = job.view
@@ -167,7 +167,7 @@ def view(
     )
 
 
-def progress_of(step: Step | None) -> dict[str, Any]:
+def progress_of(step: StepDone | None) -> dict[str, Any]:
     """Return the fields about a step."""
     if step is None:
         return dict.fromkeys(("phase", "step", "steps", "seconds_per_step", "seconds_left"))
@@ -181,12 +181,12 @@ def progress_of(step: Step | None) -> dict[str, Any]:
     }
 
 
-def percent(step: Step | None) -> int:
+def percent(step: StepDone | None) -> int:
     """Return the progress of a running job in percent; 100 is reserved for finished jobs."""
     return 0 if step is None or step.total < 1 else min(99, 100 * step.step // step.total)
 
 
-def _progress(job: Job, step: Step | None) -> int:
+def _progress(job: Job, step: StepDone | None) -> int:
     if job.state == "completed":
         return 100
     return percent(step) if job.state == "in_progress" else 0

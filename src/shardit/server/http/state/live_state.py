@@ -8,13 +8,13 @@ from contextlib import contextmanager
 
 from shardit.diffusion.request.model_info import ModelInfo
 from shardit.language.info import LanguageInfo
-from shardit.server.messages import Changed, Measured, Ranks, Scrape, Step, StepTokens, Tokens, Wake
+from shardit.server.messages import Changed, Measured, Ranks, Scrape, StepDone, StepTokens, Tokens, Wake
 
 Info = ModelInfo | LanguageInfo
 """Facts about a model."""
 
 
-class Watch:
+class JobWatch:
     """Wakes a request that waits for changes of one job; for its `steps` and tokens only if asked for."""
 
     def __init__(self, steps: bool) -> None:
@@ -80,14 +80,14 @@ class LiveState:
         self._on_info = on_info
         self._foresee = foresee
         self._foreseen: asyncio.Future[Info | None] | None = None
-        self._steps: dict[str, Step] = {}
-        self._watches: dict[str, set[Watch]] = {}
+        self._steps: dict[str, StepDone] = {}
+        self._watches: dict[str, set[JobWatch]] = {}
         self._scrapes: set[asyncio.Future[bytes]] = set()
         self._loaded = asyncio.Event()
 
     def deliver(self, message: object) -> None:
         """Handle a message from the supervisor."""
-        if isinstance(message, Step):
+        if isinstance(message, StepDone):
             self._steps[message.job_id] = message
             self._ring(message.job_id, step=True)
         elif isinstance(message, (Tokens, StepTokens)):
@@ -126,7 +126,7 @@ class LiveState:
             info = self.info
         return info
 
-    def step(self, job_id: str) -> Step | None:
+    def step(self, job_id: str) -> StepDone | None:
         """Return the last step of a job in progress."""
         return self._steps.get(job_id)
 
@@ -135,9 +135,9 @@ class LiveState:
         self._send(Wake())
 
     @contextmanager
-    def watching(self, job_id: str, *, steps: bool) -> Iterator[Watch]:
+    def watching(self, job_id: str, *, steps: bool) -> Iterator[JobWatch]:
         """Watch a job from now on; its steps too if asked for."""
-        watch = Watch(steps)
+        watch = JobWatch(steps)
         self._watches.setdefault(job_id, set()).add(watch)
         try:
             yield watch

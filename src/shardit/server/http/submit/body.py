@@ -18,7 +18,7 @@ from starlette.formparsers import MultiPartException
 from shardit.server.http.schema.errors import ApiError
 from shardit.server.http.schema.fields import NO_MEANING, PICTURES
 from shardit.server.http.submit.forms import WholeForm
-from shardit.server.options import Limits
+from shardit.server.options import RequestLimits
 
 _MOST_FIELDS = 100
 _MOST_DIGITS = 1000
@@ -47,7 +47,7 @@ class Body:
     """Files by field name."""
 
 
-async def read_body(request: Request, model: type[BaseModel], limits: Limits) -> Body:
+async def read_body(request: Request, model: type[BaseModel], limits: RequestLimits) -> Body:
     """Read and parse the body. Raises ApiError."""
     _refuse_encoding(request)
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
@@ -153,7 +153,7 @@ def _finite(text: str) -> float:
     return value
 
 
-async def _read_form(request: Request, limits: Limits) -> Body:
+async def _read_form(request: Request, limits: RequestLimits) -> Body:
     most_text = 4 * limits.prompt_chars + 4096
     try:
         async with aclosing(request.stream()) as stream:

@@ -10,12 +10,12 @@ from PIL import Image
 from shardit.diffusion.request.images import open_image
 from shardit.errors import InputError
 from shardit.server.http.schema.errors import ApiError
-from shardit.server.options import Limits
+from shardit.server.options import RequestLimits
 
 _FORMATS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
 
 
-def check_header(data: bytes, limits: Limits, param: str) -> str:
+def check_header(data: bytes, limits: RequestLimits, param: str) -> str:
     """Return the file extension of a picture, without decoding it.
 
     Raises ApiError (400) for anything but a PNG, JPEG or WebP of at most `limits.pixels`.

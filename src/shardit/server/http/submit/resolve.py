@@ -18,7 +18,7 @@ from shardit.models import tiny
 from shardit.params import FRAME_RATE, field_names
 from shardit.server.http.schema.errors import ApiError, from_input_error
 from shardit.server.http.schema.fields import LOOK, PICTURES, ROUTING
-from shardit.server.options import Limits, ServeOptions
+from shardit.server.options import RequestLimits, ServeOptions
 
 # Arguments of pipelines that are tensors, pictures or functions, which no JSON value can be, and files of this machine.
 _NOT_SENDABLE = re.compile(
@@ -138,7 +138,7 @@ def _fps(given: Mapping[str, Any], takes: PipelineSignature) -> float:
     return float(given.get("fps") or rate or takes.default_fps)
 
 
-def check_limits(given: Mapping[str, Any], takes: PipelineSignature, limits: Limits) -> None:
+def check_limits(given: Mapping[str, Any], takes: PipelineSignature, limits: RequestLimits) -> None:
     """Raise ApiError for values above the server's limits that the fields alone do not show (`limit_problem`)."""
     for name in ("width", "height"):
         if given.get(name, 1) < 1:
@@ -171,7 +171,7 @@ def _put(given: dict[str, Any], name: str, value: Any, shown_as: str) -> None:
     given[name] = value
 
 
-def _frames(seconds: float, fps: float, limits: Limits) -> int:
+def _frames(seconds: float, fps: float, limits: RequestLimits) -> int:
     frames = round(min(seconds * fps, 1e9)) + 1  # infinity cannot be rounded
     if seconds <= 0 or frames > limits.frames:
         text = f"seconds must be more than 0 and at most {(limits.frames - 1) / fps:g} at {fps:g} fps, got {seconds:g}"

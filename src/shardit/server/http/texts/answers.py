@@ -9,9 +9,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from shardit.language.request.outputs import CompletionChunk, CompletionOutput, RowResult, ended_by_token
-from shardit.server.http.texts.submit import Asked
+from shardit.server.http.texts.submit import TextSubmission
 from shardit.server.http.texts.token_texts import TokenTexts
-from shardit.server.http.texts.tool_calls import Found, ToolCalls
+from shardit.server.http.texts.tool_calls import ParsedPiece, ToolCalls
 
 Reason = Literal["stop", "length", "tool_calls"]
 
@@ -88,7 +88,7 @@ class CompletionAnswer(BaseModel):
     usage: Usage
 
 
-def usage_of(asked: Asked, results: Sequence[RowResult]) -> dict[str, int]:
+def usage_of(asked: TextSubmission, results: Sequence[RowResult]) -> dict[str, int]:
     """Return the numbers of tokens; each prompt counts once."""
     prompt, made = sum(len(tokens) for _, tokens in asked.batch.prompts), sum(len(row[0]) for row in results)
     return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
@@ -97,7 +97,7 @@ def usage_of(asked: Asked, results: Sequence[RowResult]) -> dict[str, int]:
 class Answers:
     """Makes the answers to one request. model: the name of the model for clients."""
 
-    def __init__(self, asked: Asked, model: str):
+    def __init__(self, asked: TextSubmission, model: str):
         self.asked = asked
         kind = "chat.completion" if asked.chat else "text_completion"
         prefix = "chatcmpl" if asked.chat else "cmpl"
@@ -181,7 +181,7 @@ class Answers:
         shown = self.logprobs(index, tokens, values, chunk) if values else None
         if not self.asked.chat:
             return self._chunk(index, chunk.text, shown, reason)
-        found = Found(chunk.text)
+        found = ParsedPiece(chunk.text)
         if self._calls is not None:
             found = self._calls[index].add(chunk.text, is_last=reason is not None)
         parts = {"content": found.text, "tool_calls": found.calls}

@@ -18,7 +18,7 @@ from shardit.server.http.answers.waiting import LOOK_S, ClientGone, check_comple
 from shardit.server.http.schema.errors import ApiError, busy
 from shardit.server.http.state.context import Context
 from shardit.server.http.submit.submit import store_job
-from shardit.server.http.texts.submit import Asked, texts_of
+from shardit.server.http.texts.submit import TextSubmission, texts_of
 from shardit.server.jobs.job import Job
 from shardit.server.jobs.text_request import prompt_logprobs_of, results_of
 from shardit.server.messages import Tokens
@@ -31,7 +31,7 @@ _cleaning: set[asyncio.Task[None]] = set()
 class TextJob:
     """One text job. Its tokens are received from `start` on; `close` has to be called in the end."""
 
-    def __init__(self, request: Request, context: Context, asked: Asked):
+    def __init__(self, request: Request, context: Context, asked: TextSubmission):
         self.asked = asked
         self._request, self._context = request, context
         self._stack = ExitStack()

@@ -40,7 +40,7 @@ _COMPLETION_TOKENS = 16
 
 
 @dataclass(frozen=True)
-class Asked:
+class TextSubmission:
     """A checked request. new: its job. batch: its texts. logprobs: how many most likely tokens it wants for each token,
     None for none at all."""
 
@@ -91,7 +91,7 @@ def texts_of(context: Context) -> TextModel:
     return context.texts
 
 
-async def ask_completion(request: Request, context: Context) -> Asked:
+async def ask_completion(request: Request, context: Context) -> TextSubmission:
     """Read and check a request to continue prompts. Raises ApiError."""
     values = await read_fields(request, context, context.text_fields.completion)
     _check_completion(values)
@@ -116,7 +116,7 @@ def _check_completion(values: Mapping[str, Any]) -> None:
         raise ApiError(400, f"{name} {problem}", code="unsupported_value", param=name)
 
 
-async def ask_chat(request: Request, context: Context) -> Asked:
+async def ask_chat(request: Request, context: Context) -> TextSubmission:
     """Read and check a request to answer a conversation. Raises ApiError."""
     values = await read_fields(request, context, context.text_fields.chat)
     most = values.pop("max_completion_tokens", None)
@@ -139,7 +139,7 @@ async def _asked(
     read: Callable[[Any], list[list[int]]],
     *,
     chat: bool,
-) -> Asked:
+) -> TextSubmission:
     if values.get("stream_options") and not values.get("stream"):
         text = "stream_options needs stream; set it to true"
         raise ApiError(400, text, code="invalid_value", param="stream_options")
@@ -174,4 +174,6 @@ async def _asked(
     notes = notes_of(tokenizer, values)
     echo = await texts.run(prompt_texts, tokenizer, values["prompt"], prompts) if values.get("echo") else ()
     flags = {"with_usage": with_usage, "chat": chat, "has_calls": has_calls(values, tokenizer)}
-    return Asked(new, batch, bool(values.get("stream")), logprobs=params.logprobs, echo=echo, notes=notes, **flags)
+    return TextSubmission(
+        new, batch, bool(values.get("stream")), logprobs=params.logprobs, echo=echo, notes=notes, **flags
+    )

@@ -27,7 +27,7 @@ def _call_of(text: str) -> dict[str, Any] | None:
 
 
 @dataclass
-class Found:
+class ParsedPiece:
     """The certain part of a piece: text, and calls in the format of OpenAI."""
 
     text: str = ""
@@ -45,10 +45,10 @@ class ToolCalls:
         self._blanks = ""  # before a call
         self._follows = False  # whether there is no text yet since the last call
 
-    def add(self, piece: str, *, is_last: bool = False) -> Found:
+    def add(self, piece: str, *, is_last: bool = False) -> ParsedPiece:
         """Take a piece; return what is certain with it, with the last one all."""
         self._held += piece
-        found = Found()
+        found = ParsedPiece()
         while self._end_call(found) if self._inside else self._begin_call(found):
             pass
         if is_last:
@@ -59,7 +59,7 @@ class ToolCalls:
             self._held, self._inside = "", False
         return found
 
-    def _begin_call(self, found: Found) -> bool:
+    def _begin_call(self, found: ParsedPiece) -> bool:
         """Give the text before a call, or as much as is certain to be text; return whether there is a call."""
         held = self._held.lstrip() if self._follows else self._held
         before, mark, after = held.partition(BEGIN)
@@ -72,7 +72,7 @@ class ToolCalls:
             self._held = before[len(text) :]
         return bool(mark)
 
-    def _end_call(self, found: Found) -> bool:
+    def _end_call(self, found: ParsedPiece) -> bool:
         """Give a call that is complete; return whether it was."""
         body, mark, after = self._held.partition(END)
         if not mark:
@@ -84,7 +84,7 @@ class ToolCalls:
         self._held, self._inside = after, False
         return True
 
-    def _give(self, found: Found, function: dict[str, Any]) -> None:
+    def _give(self, found: ParsedPiece, function: dict[str, Any]) -> None:
         call = {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
         found.calls.append({"index": self.count, **call})
         self.count += 1

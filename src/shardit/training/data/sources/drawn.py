@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from shardit.training.data.items import Found, Item, found
+from shardit.training.data.items import FoundItems, Item, found
 from shardit.training.data.media import Extent, Reading
 from shardit.training.data.shapes import Drawing, drawing, kind_and_count
 
@@ -41,7 +41,7 @@ class Drawn:
         return hashlib.blake2b(repr(dataclasses.astuple(self.drawing)).encode(), digest_size=16).hexdigest()
 
 
-def drawn_items(name: str, held_out: bool) -> Found:
+def drawn_items(name: str, held_out: bool) -> FoundItems:
     """Return the items of "KIND" or "KIND:COUNT"; held_out: with captions that the others never have. Raises
     InputError."""
     kind, count = kind_and_count(name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from shardit.errors import InputError
 from shardit.settings.paths import user_path
-from shardit.training.data.items import Found
+from shardit.training.data.items import FoundItems
 from shardit.training.data.sources.drawn import drawn_items
 from shardit.training.data.sources.folder import ROWS, folder_items
 from shardit.training.data.sources.hub import hub_items
@@ -13,7 +13,7 @@ from shardit.training.data.sources.rows import row_items
 _WAYS = "a folder, a .jsonl file, hf:NAME, shapes:moving, shapes:centred, shapes:diagonal or shapes:still"
 
 
-def find_items(source: str, *, held_out: bool = False) -> Found:
+def find_items(source: str, *, held_out: bool = False) -> FoundItems:
     """Return the items of some data. Opens no picture and no clip. Raises InputError.
 
     held_out: for data of validation; drawn shapes then have captions that training does not meet.

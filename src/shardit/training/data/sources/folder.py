@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from shardit.errors import InputError, listed
-from shardit.training.data.items import ENDINGS, Found, Item, count, found, media_of, portable
+from shardit.training.data.items import ENDINGS, FoundItems, Item, count, found, media_of, portable
 from shardit.training.data.media import shown, unreadable
 from shardit.training.data.sources.captions import caption, read_text
 
@@ -21,7 +21,7 @@ _SYSTEM = ("thumbs.db", "desktop.ini", "__macosx")
 ROWS = ".jsonl"
 
 
-def folder_items(folder: Path) -> Found:
+def folder_items(folder: Path) -> FoundItems:
     """Return the pictures and clips of a folder and of those in it. Raises InputError."""
     files, notes = _files(folder)
     media = [path for path in files if media_of(path)]

@@ -15,7 +15,7 @@ from PIL import Image
 from shardit.diffusion.request.images import Mode
 from shardit.errors import InputError, first_line
 from shardit.loading.missing import check_installed
-from shardit.training.data.items import Found, Item, found
+from shardit.training.data.items import FoundItems, Item, found
 from shardit.training.data.media import Extent, Reading, array, fit
 from shardit.training.data.pictures import extent_of, plain
 from shardit.training.data.sources.captions import caption
@@ -26,7 +26,7 @@ PICTURES = "image"
 
 
 @dataclass(frozen=True, eq=False)
-class Row:
+class RowPicture:
     """The picture of a row."""
 
     table: Any
@@ -68,7 +68,7 @@ class Row:
             raise InputError(f"row {self.number} of the data cannot be read: {first_line(error)}") from error
 
 
-def hub_items(name: str) -> Found:
+def hub_items(name: str) -> FoundItems:
     """Return the items of "NAME" or "NAME:SPLIT" (the split "train"). Raises InputError."""
     check_installed(["datasets"])
     import datasets  # pyright: ignore[reportMissingImports]
@@ -85,4 +85,4 @@ def hub_items(name: str) -> Found:
     if not len(table[texts[0]]):
         raise InputError(f"data hf:{name} has no rows")
     captions = [caption(text or "") for text in table[texts[0]]]
-    return found(Item(f"{number:09}", Row(table, number), text) for number, text in enumerate(captions))
+    return found(Item(f"{number:09}", RowPicture(table, number), text) for number, text in enumerate(captions))

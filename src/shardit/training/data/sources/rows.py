@@ -10,7 +10,7 @@ from typing import Any
 from shardit.errors import InputError
 from shardit.settings.checks import text_problem
 from shardit.settings.paths import check_name
-from shardit.training.data.items import ENDINGS, Found, Item, found, media_of, portable
+from shardit.training.data.items import ENDINGS, FoundItems, Item, found, media_of, portable
 from shardit.training.data.media import shown
 from shardit.training.data.sources.captions import caption, read_text
 
@@ -22,7 +22,7 @@ TEXTS = ("caption", "text")
 """Keys of a caption."""
 
 
-def row_items(path: Path) -> Found:
+def row_items(path: Path) -> FoundItems:
     """Return the items of a JSONL file. Raises InputError, which names the line."""
     text, notes = read_text(path)
     items: list[Item] = []

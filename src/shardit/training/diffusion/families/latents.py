@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from shardit.errors import UnsupportedError
-from shardit.training.diffusion.families.table import Family
+from shardit.training.diffusion.families.table import TrainingFamily
 
 
 def _scaled(config: Any, latents: torch.Tensor) -> torch.Tensor:
@@ -59,7 +59,7 @@ def encoded(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def condition_of(family: Family, pipe: Any, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+def condition_of(family: TrainingFamily, pipe: Any, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return what the model is given of the first frame, as the pipeline makes it; empty if it is given none."""
     if not family.first_frame:
         return {}

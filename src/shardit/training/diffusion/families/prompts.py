@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from shardit.training.diffusion.families.table import Family, call_default
+from shardit.training.diffusion.families.table import TrainingFamily, call_default
 
 
 def longest_prompt(pipe: Any, own: dict[str, Any], limit: int) -> int | None:
@@ -20,21 +20,21 @@ def longest_prompt(pipe: Any, own: dict[str, Any], limit: int) -> int | None:
 
 
 @torch.no_grad()
-def embedded(family: Family, pipe: Any, caption: str, longest: int | None) -> dict[str, torch.Tensor]:
+def embedded(family: TrainingFamily, pipe: Any, caption: str, longest: int | None) -> dict[str, torch.Tensor]:
     """Return the tensors of one prompt by name, without a batch dimension."""
     named = _embedded(family, pipe, [caption], longest, pipe._execution_device)
     return {name: tensor[0].contiguous().cpu() for name, tensor in named.items()}
 
 
 def embedded_with_gradients(
-    family: Family, pipe: Any, captions: Sequence[str], device: torch.device
+    family: TrainingFamily, pipe: Any, captions: Sequence[str], device: torch.device
 ) -> dict[str, torch.Tensor]:
     """Return the tensors of prompts by name, as a batch, for text encoders that are trained."""
     return _embedded(family, pipe, list(captions), None, device)
 
 
 def _embedded(
-    family: Family, pipe: Any, captions: list[str], longest: int | None, device: torch.device
+    family: TrainingFamily, pipe: Any, captions: list[str], longest: int | None, device: torch.device
 ) -> dict[str, Any]:
     """Call the pipeline's `encode_prompt`. SDXL may want zeros for an empty prompt, which that does only for negative
     ones."""
@@ -56,7 +56,7 @@ def _embedded(
     return named
 
 
-def joined(family: Family, prompts: Sequence[dict[str, torch.Tensor]]) -> dict[str, Any]:
+def joined(family: TrainingFamily, prompts: Sequence[dict[str, torch.Tensor]]) -> dict[str, Any]:
     """Return the tensors of several prompts as a batch."""
     if family.listed:
         return {name: [one[name] for one in prompts] for name in prompts[0]}

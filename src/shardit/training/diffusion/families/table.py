@@ -12,7 +12,7 @@ from shardit.training.diffusion.families.predictions import Predict
 
 
 @dataclass(frozen=True)
-class Family:
+class TrainingFamily:
     """Training of the pipelines of one class.
 
     pipeline: name of the class. returns: names of what `encode_prompt` returns, in order; None: not for training.
@@ -36,13 +36,13 @@ class Family:
 
 
 FAMILIES = (
-    Family("WanPipeline", ("embeds", None), predictions.wan, video=True, casts=True),
-    Family(
+    TrainingFamily("WanPipeline", ("embeds", None), predictions.wan, video=True, casts=True),
+    TrainingFamily(
         "WanImageToVideoPipeline", ("embeds", None), predictions.wan_image, video=True, first_frame=True, casts=True
     ),
-    Family("FluxPipeline", ("embeds", "pooled", None), predictions.flux),
-    Family("StableDiffusion3Pipeline", ("embeds", None, "pooled", None), predictions.sd3),
-    Family(
+    TrainingFamily("FluxPipeline", ("embeds", "pooled", None), predictions.flux),
+    TrainingFamily("StableDiffusion3Pipeline", ("embeds", None, "pooled", None), predictions.sd3),
+    TrainingFamily(
         "QwenImagePipeline",
         ("embeds", "mask"),
         predictions.qwen,
@@ -50,19 +50,19 @@ FAMILIES = (
         casts=True,
         shown=(("negative_prompt", " "),),
     ),
-    Family("ZImagePipeline", ("embeds", None), predictions.z_image, listed=True, casts=True),
-    Family(
+    TrainingFamily("ZImagePipeline", ("embeds", None), predictions.z_image, listed=True, casts=True),
+    TrainingFamily(
         "StableDiffusionXLPipeline",
         ("embeds", None, "pooled", None),
         predictions.unet,
         token=1,
         encoders=("text_encoder", "text_encoder_2"),
     ),
-    Family("StableDiffusionPipeline", ("embeds", None), predictions.unet, token=1, encoders=("text_encoder",)),
+    TrainingFamily("StableDiffusionPipeline", ("embeds", None), predictions.unet, token=1, encoders=("text_encoder",)),
 )
 
 
-def family_of(pipeline_class: Any) -> Family:
+def family_of(pipeline_class: Any) -> TrainingFamily:
     """Return the family of a pipeline class. Raises UnsupportedError, which names those that can be trained."""
     name = pipeline_class.__name__
     found = next((one for one in FAMILIES if name == one.pipeline), None)
@@ -72,7 +72,7 @@ def family_of(pipeline_class: Any) -> Family:
     return found
 
 
-def check_model(family: Family, pipe: Any) -> None:
+def check_model(family: TrainingFamily, pipe: Any) -> None:
     """Raise UnsupportedError for variants of a family's models whose call is another one."""
     if family.first_frame and getattr(pipe, "image_encoder", None) is not None:
         raise UnsupportedError("a model with an image_encoder (Wan 2.1 image to video) cannot be trained; 2.2 can")
@@ -89,7 +89,7 @@ def call_default(pipeline_class: Any, name: str) -> Any:
     return None if parameter is None or parameter.default is parameter.empty else parameter.default
 
 
-def grid(family: Family, pipe: Any) -> tuple[int, int]:
+def grid(family: TrainingFamily, pipe: Any) -> tuple[int, int]:
     """Return the numbers that sides are multiples of, and that frames are one more than a multiple of."""
     scale = spatial_scale(pipe)
     model = next(one for one in (getattr(pipe, name, None) for name in ("transformer", "transformer_2", "unet")) if one)

@@ -64,7 +64,7 @@ def check_together(given: Mapping[str, Any]) -> None:
             raise InputError(f"{what} is given, but no {every}: give --{every.replace('_', '-')} N, the steps between")
 
 
-class Several(Once):
+class RepeatedFlags(Once):
     """A command without positional arguments, whose repeated flags take several values each."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 from shardit.core.comm.group import GroupCoordinator
 from shardit.core.comm.mesh import Mesh
 from shardit.errors import InputError, RankError, first_line
-from shardit.training.recipe import MicroBatch, Recipe
+from shardit.training.recipe import MicroBatch, TrainingRecipe
 
 LOOK_AT = 64
 """Steps in which an example of each model is looked for before the first one."""
@@ -33,7 +33,7 @@ class Shares:
         return math.fsum(self.weights.values())
 
 
-def draw(recipe: Recipe, step: int, mesh: Mesh, world: GroupCoordinator, stop: bool) -> Shares:
+def draw(recipe: TrainingRecipe, step: int, mesh: Mesh, world: GroupCoordinator, stop: bool) -> Shares:
     """Draw the micro-batches of a step. Collective; if one rank cannot read its data, all raise the same error."""
     batches, problem, cause = _read(recipe, step, mesh)
     mine = {
@@ -60,7 +60,7 @@ def draw(recipe: Recipe, step: int, mesh: Mesh, world: GroupCoordinator, stop: b
     )
 
 
-def _read(recipe: Recipe, step: int, mesh: Mesh) -> tuple[Sequence[MicroBatch], str | None, Exception | None]:
+def _read(recipe: TrainingRecipe, step: int, mesh: Mesh) -> tuple[Sequence[MicroBatch], str | None, Exception | None]:
     """Return the micro-batches of this rank, or the error of reading them in words and itself."""
     try:
         batches = recipe.micro_batches(step, mesh.coords["dp"], mesh.sizes["dp"])
@@ -74,7 +74,7 @@ def _read(recipe: Recipe, step: int, mesh: Mesh) -> tuple[Sequence[MicroBatch], 
     return batches, None, None
 
 
-def examples(recipe: Recipe, replicas: int, steps: int) -> dict[str, Any]:
+def examples(recipe: TrainingRecipe, replicas: int, steps: int) -> dict[str, Any]:
     """Return the data of a micro-batch for each model, the same on every rank; without those that come late."""
     found: dict[str, Any] = {}
     for step in range(min(steps, LOOK_AT)):
@@ -87,7 +87,7 @@ def examples(recipe: Recipe, replicas: int, steps: int) -> dict[str, Any]:
     return found
 
 
-def example_of(recipe: Recipe, model: str, step: int, replicas: int) -> Any:
+def example_of(recipe: TrainingRecipe, model: str, step: int, replicas: int) -> Any:
     """Return the data of the first micro-batch of a step for a model, of whatever replica."""
     batches = (one for replica in range(replicas) for one in recipe.micro_batches(step, replica, replicas))
     return next(one.data for one in batches if one.model == model and one.weight > 0)

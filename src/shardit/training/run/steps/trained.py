@@ -15,7 +15,7 @@ from shardit.config import DiffusionParallelConfig
 from shardit.core.comm.mesh import Mesh
 from shardit.core.runtime.randomness import seed_all
 from shardit.errors import InputError, listed
-from shardit.training.recipe import Recipe
+from shardit.training.recipe import TrainingRecipe
 from shardit.training.run.places import AVERAGE
 from shardit.training.run.steps.average import Average
 from shardit.training.run.steps.optimizers import make_optimizer
@@ -34,7 +34,7 @@ class Trained:
     them that no earlier stage has, which this rank saves; updated: those whose optimizer state is on this rank."""
 
     def __init__(
-        self, settings: TrainSettings, config: DiffusionParallelConfig, mesh: Mesh, recipe: Recipe, steps: int
+        self, settings: TrainSettings, config: DiffusionParallelConfig, mesh: Mesh, recipe: TrainingRecipe, steps: int
     ):
         self.settings, self.mesh, self.recipe = settings, mesh, recipe
         self._examples = examples(recipe, mesh.sizes["dp"], steps)

@@ -14,11 +14,11 @@ from shardit.core.comm.mesh import Mesh
 from shardit.core.runtime.randomness import seed_all
 from shardit.errors import InputError, first_line
 from shardit.training.evaluation import evaluation_mode
-from shardit.training.recipe import MicroBatch, Recipe
+from shardit.training.recipe import MicroBatch, TrainingRecipe
 
 
 def held_out_loss(
-    recipe: Recipe, batches: list[MicroBatch], models: Mapping[str, nn.Module], mesh: Mesh, seed: int
+    recipe: TrainingRecipe, batches: list[MicroBatch], models: Mapping[str, nn.Module], mesh: Mesh, seed: int
 ) -> float | None:
     """Return the mean loss over held-out micro-batches, which the replicas share out; None if that is no number.
     Collective."""
@@ -38,7 +38,7 @@ def held_out_loss(
 
 
 def samples(
-    recipe: Recipe,
+    recipe: TrainingRecipe,
     models: Mapping[str, nn.Module],
     mesh: Mesh,
     seed: int,

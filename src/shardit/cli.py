@@ -44,7 +44,7 @@ def run_script(run: Callable[[GenerateFlags], None], output: str, arguments: Seq
 
 
 def generate(flags: GenerateFlags) -> None:
-    """Make pictures, a video, sound or whatever else the pipeline makes."""
+    """Make images, a video, sound or whatever else the pipeline makes."""
     from shardit import Omni
 
     if flags.filled_in and is_first_rank(os.environ):

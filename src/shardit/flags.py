@@ -95,7 +95,7 @@ class GenerateFlags(
         flag=Flag(metavar="<path>"),
     )
     prompt: str | None = declare(None, "Text prompt.")
-    image: list[Path] | None = declare(None, "Input picture.", flag=Flag(metavar="<path>"))
+    image: list[Path] | None = declare(None, "Input image.", flag=Flag(metavar="<path>"))
     output: Path | None = declare(None, "File to write. [default: output with .png, .mp4, .wav, .txt or .safetensors]")
     extra: list[str] | None = declare(
         None,
@@ -111,7 +111,7 @@ class GenerateFlags(
             return self
         record = read_record(self.from_file)
         if record.get("input_image_sizes") and not self.image:
-            raise InputError(f"{self.from_file} was made from input pictures, which it does not hold; add --image")
+            raise InputError(f"{self.from_file} was made from input images, which it does not hold; add --image")
         if not self.model:
             check_model_is_here(self.from_file, record)
         standard = {item.name: item.default for item in dataclasses.fields(self)}
@@ -175,7 +175,7 @@ class GenerateFlags(
 
     @functools.cached_property
     def pictures(self) -> list[Image]:
-        """The files of --image, read. Raises InputError if one is missing or no picture."""
+        """The files of --image, read. Raises InputError if one is missing or no image."""
         return [read_image(path) for path in self.image or ()]
 
     def sampling_params(self) -> OmniDiffusionSamplingParams:

@@ -15,7 +15,7 @@ from shardit.settings.declare import check_declared, declare, hinted
 
 MAX_SEED = 2**63 - 1
 """Largest seed. torch would also take 64-bit seeds and negative ones (as another name for a positive one), but then
-one picture would have two seeds, and files and databases that store signed 64-bit numbers could not hold them."""
+one image would have two seeds, and files and databases that store signed 64-bit numbers could not hold them."""
 
 RANDOM_SEED = -1
 """As a seed: one is drawn, as without a seed."""
@@ -29,7 +29,7 @@ FRAME_RATE = number(0.01, 1000)
 """Frame rates that a file can hold and a player show."""
 
 _OUTPUT_TYPE = matching(
-    "'pil' (pictures), 'np' or 'pt' (pixels as numbers) or 'latent' (latents before the VAE), or, of pipelines that "
+    "'pil' (images), 'np' or 'pt' (pixels as numbers) or 'latent' (latents before the VAE), or, of pipelines that "
     "make them, 'mesh', 'text' or 'seq'",
     lambda value: value in ("pil", "latent", "np", "pt", "mesh", "text", "seq"),
 )
@@ -113,7 +113,7 @@ class OmniDiffusionSamplingParams:
     )
 
     strength: float | Sequence[float] | None = _argument(
-        "How far an input picture is changed; a list for pipelines with several strengths.",
+        "How far an input image is changed; a list for pipelines with several strengths.",
         numbers(number(0, 1), or_one=True),
     )
 
@@ -128,7 +128,7 @@ class OmniDiffusionSamplingParams:
     mu: float | None = _argument("Shift of schedulers with dynamic shifting.", number())
 
     output_type: str | None = _argument("Form of the result. [default: 'pil']", _OUTPUT_TYPE)
-    """Pictures are in `images` or `frames` of an `Output`, numbers (pixels from 0 to 1) in `latents`; "seq" means
+    """Images are in `images` or `frames` of an `Output`, numbers (pixels from 0 to 1) in `latents`; "seq" means
     tokens."""
 
     attention_kwargs: Mapping[str, Any] | None = _argument(

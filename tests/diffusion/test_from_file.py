@@ -67,7 +67,7 @@ def test_input_pictures_of_another_size_are_noted():
     assert other_pictures(record, [(160, 128)]) == []
     assert other_pictures({}, []) == []
     assert other_pictures(record, [(320, 256), (8, 8)]) == [
-        "the file was made from input pictures of 160x128, here: 320x256, 8x8: the result will differ"
+        "the file was made from input images of 160x128, here: 320x256, 8x8: the result will differ"
     ]
 
 
@@ -87,7 +87,7 @@ def test_values_that_a_file_does_not_contain(tmp_path):
     with pytest.raises(InputError, match="made with latents given as numbers"):
         flags_of({"latents": "Tensor(1, 4)"}, [])
     pictures = saved(tmp_path / "a.png", input_image_sizes=[[8, 8]])
-    with pytest.raises(InputError, match=r"made from input pictures.*add --image"):
+    with pytest.raises(InputError, match=r"made from input images.*add --image"):
         GenerateFlags(from_file=pictures).completed()
     Image.new("RGB", (4, 4)).save(tmp_path / "strange.png")
     (tmp_path / "text.mp4").write_text("x")
@@ -101,8 +101,8 @@ def test_values_that_a_file_does_not_contain(tmp_path):
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        ("picture 64x32", r"mask_image given as a picture, which it does not hold; add --extra mask_image=PATH"),
-        ("3 pictures 64x32", "mask_image given as pictures"),
+        ("picture 64x32", r"mask_image given as an image, which it does not hold; add --extra mask_image=PATH"),
+        ("3 pictures 64x32", "mask_image given as images"),
         (["ndarray(2, 3)", None], "mask_image given as numbers"),
         ({"a": "Parameter()"}, "mask_image given as numbers"),
     ],

@@ -78,7 +78,7 @@ def test_errors_for_a_missing_picture_name_what_was_not_given() -> None:
         TypeError("object of type 'NoneType' has no len()"),
         ValueError("Input is in incorrect format. Currently, we only support numpy.ndarray, torch.Tensor"),
     ):
-        assert advice(request, error).startswith("; not given: image, video: the pipeline may need a picture")
+        assert advice(request, error).startswith("; not given: image, video: the pipeline may need an image")
     assert advice(request, ValueError("the scheduler has no sigmas")) == ""
     (request,) = build_requests({"prompt": "a", "video": [PICTURE]}, None, takes=takes, pil_image=PICTURE)
     assert request.pictures_left_out == ()

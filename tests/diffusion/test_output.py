@@ -267,7 +267,7 @@ def test_the_extension_is_compared_with_the_output_type():
 def test_error_is_not_saved(tmp_path):
     with pytest.raises(InputError, match="the request failed: height must be divisible by 16"):
         Output(prompt="a", seed=1, error="height must be\ndivisible by 16").save(tmp_path / "cat.png")
-    with pytest.raises(InputError, match="holds no pictures"):
+    with pytest.raises(InputError, match="holds no images"):
         Output(prompt="a", seed=1, latents=object()).save(tmp_path / "cat.png")
     assert files(tmp_path) == []
 
@@ -411,7 +411,7 @@ def test_pictures_given_as_open_files_or_of_other_kinds():
     grey = Image.new("L", (2, 2), 9)
     assert open_pictures({"video": [grey, grey]}, takes)["video"][1].getpixel((0, 0)) == (9, 9, 9)
     for value in (io.BytesIO(encoded(grey, "PNG")), [io.BytesIO(encoded(grey, "PNG"))]):
-        with pytest.raises(InputError, match="mask_image: must be a picture, the path of one or a list"):
+        with pytest.raises(InputError, match="mask_image: must be an image, the path of one or a list"):
             open_pictures({"mask_image": value}, takes)
 
 

@@ -102,7 +102,7 @@ NAMES = [
     ("", "--scheduler-arg=shft=1", "takes no 'shft' (did you mean 'shift'?)"),
     ("", "--scheduler=DDIMScheduler --flow-shift=3", "DDIMScheduler has no shift"),
     ("", "--scheduler=EulerDiscreteScheduler", "EulerDiscreteScheduler cannot take the place of FlowMatchEuler"),
-    ("", "--flow-shift=3", "shifts by the size of the picture; add use_dynamic_shifting=false"),
+    ("", "--flow-shift=3", "shifts by the size of the image; add use_dynamic_shifting=false"),
     ("", "--dtype=transformer=bfloat16,nope=float32", "has no component 'nope' with weights"),
     ("", "--single-file=transfomer=x.safetensors", "no model 'transfomer' (did you mean 'transformer'?)"),
     ("", "--variant=fp16", "no component of the model has weights of variant 'fp16'"),

@@ -801,7 +801,7 @@ ANNOTATED = signature_of(AnnotatedPipeline)
         ("prompt_embeds_scale", [{"a": 1}], "a number"),
         ("use_mask", [1, [True]], "true or false"),
         ("image_embeds", [[], [[1, 2], [3, 4]], 5], "a tensor"),
-        ("mask_image", [5, {"a": 1}, [], [1, 2], True], "a picture, the path of one or a list of these"),
+        ("mask_image", [5, {"a": 1}, [], [1, 2], True], "an image, the path of one or a list of these"),
     ],
 )
 def test_values_of_another_form_than_the_annotation(name, wrong, says):

@@ -337,7 +337,7 @@ def test_names_of_ours_that_pipelines_have():
     assert kwargs("LTXConditionPipeline", strength=[0.5, 1.0])["strength"] == [0.5, 1.0]
     with pytest.raises(InputError, match=r"strength\[1\] must be at most 1"):
         kwargs("LTXConditionPipeline", strength=[0.5, 2.0])
-    # Pictures where there are some; a pipeline's own form where it has no pictures, or refuses them.
+    # Pictures where there are some; a pipeline's own form where it has no images, or refuses them.
     forms = ("WanPipeline", "StableAudioPipeline", "MarigoldDepthPipeline", "LLaDA2Pipeline", "TextToVideoZeroPipeline")
     assert [CALLED[name].form for name in forms] == ["pil", "pt", "np", "text", "pil"]
 

@@ -163,11 +163,11 @@ def test_pictures_that_the_model_does_not_take(tmp_path: Path) -> None:
     data, kind = form({"prompt": "a cat", "input_reference": ("a.png", picture())})
     with serving(tmp_path / "none", text_only, model="a/model") as served:
         error = error_of(served, "/v1/videos", data, 400, {"Content-Type": kind})
-        assert (error["param"], "takes no picture" in error["message"]) == ("input_reference", True)
+        assert (error["param"], "takes no image" in error["message"]) == ("input_reference", True)
     plain = ModelInfo(PipelineSignature("FluxPipeline", ("prompt",)))
     with serving(tmp_path / "plain", plain, model="a/model") as served:
         error = error_of(served, "/v1/images/edits", {"prompt": "a cat"}, 400)
-        assert "takes no picture; use a model that takes one, or POST /v1/images/generations" in error["message"]
+        assert "takes no image; use a model that takes one, or POST /v1/images/generations" in error["message"]
     needs = ModelInfo(PipelineSignature("QwenImageEditPipeline", ("image", "prompt")))
     with serving(tmp_path / "needs", needs, model="a/model") as served:
         error = error_of(served, NOW, {"prompt": "a cat"}, 400)

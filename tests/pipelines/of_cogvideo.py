@@ -10,7 +10,7 @@ from tests.pipelines.of_chroma_bria import call
 
 
 def cogvideo_vae() -> Any:
-    """`AutoencoderKLCogVideoX`: 8 times smaller pictures, 4 times fewer frames."""
+    """`AutoencoderKLCogVideoX`: 8 times smaller images, 4 times fewer frames."""
     return parts.model(
         "AutoencoderKLCogVideoX",
         down_block_types=("CogVideoXDownBlock3D",) * 4,

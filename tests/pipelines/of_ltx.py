@@ -9,7 +9,7 @@ from tests.pipelines.entry import PipelineEntry
 
 
 def vae(**changes: Any) -> Any:
-    """The video autoencoder: 16 times smaller pictures, 4 times fewer frames."""
+    """The video autoencoder: 16 times smaller images, 4 times fewer frames."""
     config: dict[str, Any] = {
         "in_channels": 3,
         "out_channels": 3,

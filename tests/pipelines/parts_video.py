@@ -8,7 +8,7 @@ from tests.pipelines import parts
 
 
 def hunyuan_vae(latents: int = 4, **changes: Any) -> Any:
-    """`AutoencoderKLHunyuanVideo`: 8 times smaller pictures, 4 times fewer frames."""
+    """`AutoencoderKLHunyuanVideo`: 8 times smaller images, 4 times fewer frames."""
     config: dict[str, Any] = {
         "latent_channels": latents,
         "down_block_types": ("HunyuanVideoDownBlock3D",) * 4,

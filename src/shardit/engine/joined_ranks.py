@@ -41,7 +41,7 @@ class JoinedRanks:
         self.info, self._world = self._session.info, GroupCoordinator.of_mesh(self._session.mesh)["world"]
 
     def generate(self, build: Callable[[], list[Any]], on_progress: OnProgress) -> list[Output]:
-        """Run the requests that `build` returns on rank 0, which draws seeds and reads pictures, on all ranks. A rank
+        """Run the requests that `build` returns on rank 0, which draws seeds and reads images, on all ranks. A rank
         waits for another one as long as for any message."""
         with naming_rank(self.rank):
             requests = self._world.broadcast_object(made_or_error(build) if self.rank == 0 else None)

@@ -43,7 +43,7 @@ class RequestLimits(ResultLimits):
     outputs: int = 10
     """Results of one request."""
     input_images: int = 16
-    """Input pictures of one request."""
+    """Input images of one request."""
     prompt_tokens: int = 4096
     """Tokens to which a prompt may be padded (`max_sequence_length`)."""
     prompt_chars: int = 32_000

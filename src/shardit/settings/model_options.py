@@ -49,7 +49,7 @@ class ModelOptions:
     """Adapters that stay active: a path or hub id (with ":SCALE" at its end, if need be), (path, scale),
     {"path": ..., "scale": ...}, or a list of these. "transformer_2=PATH" is for the second expert of Wan 2.2."""
     vae_tiling: bool = declare(False, "Let the VAE work tile by tile, with less memory.", FLAG)
-    vae_slicing: bool = declare(False, "Let the VAE work picture by picture, with less memory.", FLAG)
+    vae_slicing: bool = declare(False, "Let the VAE work image by image, with less memory.", FLAG)
     fuse_projections: bool = declare(
         False, "Compute queries, keys and values in one product, as fuse_qkv_projections() of diffusers does.", FLAG
     )

@@ -75,8 +75,8 @@ def test_frames_asked() -> None:
     [
         (80, None, WAN, "num_frames must be a number that the model takes, such as 77 or 81, got 80"),
         (3, None, Format(8, 8, frames=9, takes_frames=lambda n: n % 8 == 1 and n > 1), "such as 9, got 3"),
-        (16, None, FLUX, "num_frames is for models of videos, and this one makes pictures; leave it out"),
-        (None, 8.0, FLUX, "fps is for models of videos, and this one makes pictures; leave it out"),
+        (16, None, FLUX, "num_frames is for models of videos, and this one makes images; leave it out"),
+        (None, 8.0, FLUX, "fps is for models of videos, and this one makes images; leave it out"),
     ],
 )
 def test_wrong_frames(frames: int | None, fps: float | None, format: Format, message: str) -> None:

@@ -241,7 +241,7 @@ def test_a_shorter_clip_takes_the_next_shorter_length(tmp_path: Path) -> None:
         "03.mkv: shorter than 9 frames, trained with 1",
         "05.mkv, 08.mkv: shorter than 9 frames, trained with 5",
     ]
-    assert notes(found, "a picture") == ["still.png: a picture, trained as a clip of one frame"]
+    assert notes(found, "an image") == ["still.png: an image, trained as a clip of one frame"]
     assert found.pixels(4)[0, :, 0, 0].tolist() == pytest.approx([8 * n / 127.5 - 1 for n in range(9)], abs=0.02)
 
 
@@ -264,9 +264,7 @@ def test_a_clip_that_is_too_short_is_left_out_by_name(tmp_path: Path) -> None:
 
 def test_clips_for_a_model_of_pictures(tmp_path: Path) -> None:
     clip(tmp_path / "a.gif", 3)
-    with pytest.raises(
-        InputError, match=r"^a\.gif is a clip, and this model makes pictures; take clips out of the data"
-    ):
+    with pytest.raises(InputError, match=r"^a\.gif is a clip, and this model makes images; take clips out of the data"):
         data(tmp_path, PICTURES)
 
 

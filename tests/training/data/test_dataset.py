@@ -152,7 +152,7 @@ def test_drawn_shapes(tmp_path: Path) -> None:
     still = data("shapes:still", PICTURES)
     assert len(still.samples) == 2000
     assert still.pixels(0).shape == (3, 32, 32)
-    with pytest.raises(InputError, match=r"^moving-0000000 is a clip, and this model makes pictures"):
+    with pytest.raises(InputError, match=r"^moving-0000000 is a clip, and this model makes images"):
         data("shapes:moving", PICTURES)
     mixed = data("shapes:still:2", moving)
     assert mixed.pixels(0).shape == (3, 1, 32, 48)

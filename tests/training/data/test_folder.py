@@ -97,7 +97,7 @@ def test_a_picture_without_its_caption_is_named(tmp_path: Path) -> None:
 def test_what_is_not_read_is_noted(tmp_path: Path) -> None:
     files = {"a.png": None, "a.txt": "a cat", "b.txt": "?", "LICENSE": "?", "c.heic": "?", "d.json": "?", "e.tif": "?"}
     assert found(folder(tmp_path, files)).notes == (
-        "1 text belongs to no picture or clip: b.txt",
+        "1 text belongs to no image or clip: b.txt",
         "4 other files are not read: LICENSE, c.heic, d.json and 1 more",
     )
 
@@ -105,7 +105,7 @@ def test_what_is_not_read_is_noted(tmp_path: Path) -> None:
 def test_a_text_that_another_caption_replaces_is_noted(tmp_path: Path) -> None:
     root = folder(tmp_path, {"a.png": None, "a.txt": "short", "a.png.txt": "own"})
     assert captions(root) == {"a.png": "own"}
-    assert found(root).notes == ("1 text belongs to no picture or clip: a.txt",)
+    assert found(root).notes == ("1 text belongs to no image or clip: a.txt",)
 
 
 def test_the_order_does_not_depend_on_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +156,7 @@ def test_errors_and_notes_of_odd_names_are_one_line_of_text(tmp_path: Path) -> N
     assert found(root).notes[0].startswith(f"{tmp_path}/odd\\n\\xff/a.txt: byte 0")
     with pytest.raises(InputError) as raised:
         item.media.extent(Reading())
-    assert f"picture {tmp_path}/odd\\n\\xff/a.png cannot be read: the file is empty" in str(raised.value)
+    assert f"image {tmp_path}/odd\\n\\xff/a.png cannot be read: the file is empty" in str(raised.value)
 
 
 def test_names_that_are_no_text(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_links(tmp_path: Path) -> None:
 def test_a_link_to_nothing_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.png").symlink_to(tmp_path / "gone.png")
     (item,) = found(tmp_path).items
-    with pytest.raises(InputError, match=r"^picture .*a\.png cannot be read: No such file or directory"):
+    with pytest.raises(InputError, match=r"^image .*a\.png cannot be read: No such file or directory"):
         item.media.extent(Reading())
 
 
@@ -199,7 +199,7 @@ def test_a_folder_without_media(tmp_path: Path, files: dict[str, Any], hint: str
     with pytest.raises(InputError) as raised:
         found(folder(tmp_path, files))
     assert str(raised.value) == (
-        f"data {tmp_path} has no pictures or clips (.png, .jpg, .jpeg, .webp, .bmp, .mp4, .mov, .webm, .mkv, .gif)"
+        f"data {tmp_path} has no images or clips (.png, .jpg, .jpeg, .webp, .bmp, .mp4, .mov, .webm, .mkv, .gif)"
         + hint.format(tmp_path)
     )
 
@@ -227,7 +227,7 @@ def test_files_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("builtins.open", refuse)
     monkeypatch.setattr("av.open", refuse)
-    for item, kind in zip(items, ("picture", "clip"), strict=True):
+    for item, kind in zip(items, ("image", "clip"), strict=True):
         with pytest.raises(InputError) as raised:
             item.media.extent(Reading())
         assert str(raised.value).startswith(f"{kind} {root}/{item.name} cannot be read: Permission denied; replace it")

@@ -272,5 +272,5 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path, name: str, conte
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError) as raised:
         data(tmp_path, resolution="8x8").pixels(0)
-    assert str(raised.value).startswith(f"picture {tmp_path / name} cannot be read: ")
+    assert str(raised.value).startswith(f"image {tmp_path / name} cannot be read: ")
     assert "\n" not in str(raised.value)

@@ -70,11 +70,11 @@ WRONG = {
     "half characters": ({"file": "a.png", "text": "\ud83d"}, ":1: text must be valid text in UTF-8"),
     "another kind": (
         {"file": "a.tif", "text": ""},
-        ":1: 'a.tif' is no picture or clip; its name must end in one of .png",
+        ":1: 'a.tif' is no image or clip; its name must end in one of .png",
     ),
     "an address": ({"file": "https://a.b/c.png", "text": ""}, ":1: https://a.b/c.png is an address; download it"),
-    "a folder": ({"file": "in", "text": ""}, ":1: 'in' is no picture or clip"),
-    "nothing": ({"file": "", "text": ""}, ":1: '' is no picture or clip"),
+    "a folder": ({"file": "in", "text": ""}, ":1: 'in' is no image or clip"),
+    "nothing": ({"file": "", "text": ""}, ":1: '' is no image or clip"),
     "a null": ({"file": "a\0.png", "text": ""}, ":1 "),
 }
 

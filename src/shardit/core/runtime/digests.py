@@ -57,7 +57,7 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature:
 def digests(arguments: Mapping[str, Any], summed: int | None = None) -> dict[str, bytes]:
     """Return a checksum of each argument, in order of names. Waits for pending tensors.
 
-    Strings, numbers, tensors, arrays, pictures and generators count by value, in containers, too; other objects (and
+    Strings, numbers, tensors, arrays, images and generators count by value, in containers, too; other objects (and
     functions, which may be different objects on each rank) by their kind alone. Of tensors with more than `summed`
     bytes (None: no limit) only samples count.
     """
@@ -89,7 +89,7 @@ def _described(value: Any, summed: int | None) -> Iterator[bytes]:
             yield from _described(item, summed)
     elif isinstance(value, (set, frozenset)):
         yield repr(sorted(map(repr, value))).encode()
-    elif hasattr(value, "__array_interface__"):  # a picture
+    elif hasattr(value, "__array_interface__"):  # an image
         yield from _described(numpy.asarray(value), summed)
     elif callable(value):
         yield b"function"

@@ -15,7 +15,7 @@ def can_replace(cls: Any, own: Any) -> bool:
     way.
 
     It must support the prediction type of the model, have the same share of noise at each time step, step from noise to
-    picture, and have a `step` that needs only arguments that every pipeline passes. This finds LCM and TCD, which
+    image, and have a `step` that needs only arguments that every pipeline passes. This finds LCM and TCD, which
     recipes of distilled models use in place of DDIM, but not schedulers for inversion, for other noise or for one
     pipeline.
     """

@@ -189,7 +189,7 @@ def check_shift(class_name: str, config: Mapping[str, Any], flow: bool) -> None:
     flow-matching models."""
     if config.get("use_dynamic_shifting"):
         raise InputError(
-            f"flow_shift: this {class_name} shifts by the size of the picture; add use_dynamic_shifting=false to "
+            f"flow_shift: this {class_name} shifts by the size of the image; add use_dynamic_shifting=false to "
             "scheduler_args, or leave flow_shift out"
         )
     if not flow:

@@ -29,7 +29,7 @@ class TimestepArguments:
     flow_sigmas: bool = False
     """But none for schedulers that have `use_flow_sigmas`."""
     mu: bool = False
-    """The shift for the size of the picture."""
+    """The shift for the size of the image."""
 
 
 def asked_by(pipeline_class: Any) -> TimestepArguments:

@@ -1,4 +1,4 @@
-"""Converts numbers of an output to arrays, and maps (depth, normals, materials: numbers by pixel) to pictures."""
+"""Converts numbers of an output to arrays, and maps (depth, normals, materials: numbers by pixel) to images."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def by_name(pairs: Iterable[tuple[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 def pixels_of(pictures: Sequence[Image]) -> Any:
-    """Convert pictures to one array (N, height, width, channels), or to a list if they differ in size or mode."""
+    """Convert images to one array (N, height, width, channels), or to a list if they differ in size or mode."""
     import numpy as np
 
     arrays = [np.asarray(picture) for picture in pictures]
@@ -56,7 +56,7 @@ def pictures_of_map(numbers: Any) -> list[Image]:
     """Convert maps of shape (N, height, width, channels) or (N, channels, height, width) to pictures: one channel to
     16-bit grey, three to 8-bit colours; return [] for other shapes.
 
-    Numbers in [0, 1] or [-1, 1] are scaled from that interval to the range of the picture, others from their minimum
+    Numbers in [0, 1] or [-1, 1] are scaled from that interval to the range of the image, others from their minimum
     and maximum.
     """
     import numpy as np

@@ -1,4 +1,4 @@
-"""Converts the return value of a pipeline to an `Output`: finds pictures, videos, sound and text among the fields, and
+"""Converts the return value of a pipeline to an `Output`: finds images, videos, sound and text among the fields, and
 keeps the rest unchanged."""
 
 from __future__ import annotations
@@ -121,19 +121,19 @@ def fields_of(result: Any) -> dict[str, Any]:
 
 
 def _shown(name: str, made: Any) -> dict[str, Any]:
-    """Return the fields of the Output for a pipeline's pictures or videos; numbers count as latents."""
+    """Return the fields of the Output for a pipeline's images or videos; numbers count as latents."""
     groups = _pictures(made)
     if groups is None:
         return {"latents": _plain(made)} if _is_numeric(made) else {"extra": {name: _portable(made, name, [])}}
     if name in VIDEO:
-        # One list of pictures is one video.
+        # One list of images is one video.
         flat = isinstance(made, list) and all(isinstance(entry, Image) for entry in made)
         return {"frames": [made] if flat else groups}
     return {"images": [picture for group in groups for picture in group]}
 
 
 def _pictures(made: Any) -> list[list[Image]] | None:
-    """Return pictures as a list of lists, or None if the value is something else."""
+    """Return images as a list of lists, or None if the value is something else."""
     entries = made if isinstance(made, (list, tuple)) else [made]
     groups = [list(entry) if isinstance(entry, (list, tuple)) else [entry] for entry in entries]
     flat = [picture for group in groups for picture in group]
@@ -187,7 +187,7 @@ _LEFT_OUT: Any = object()
 
 
 def _portable(value: Any, name: str, left_out: list[str]) -> Any:
-    """Convert a value to types that any process can load: tensors, arrays, pictures, numbers, text, and lists and dicts
+    """Convert a value to types that any process can load: tensors, arrays, images, numbers, text, and lists and dicts
     of these. Names of other values are added to `left_out`."""
     if value is None or isinstance(value, (bool, int, float, str, Image)):
         return value

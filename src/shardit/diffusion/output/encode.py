@@ -1,4 +1,4 @@
-"""Writes one picture or one video to one file, with the settings of its request in the metadata."""
+"""Writes one image or one video to one file, with the settings of its request in the metadata."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ _MODES = {
     ".jpg": ("1", "L", "RGB", "CMYK"),
     ".webp": ("L", "RGB", "RGBA"),
 }
-"""Modes of pictures by the formats that hold them unchanged."""
+"""Modes of images by the formats that hold them unchanged."""
 _BT709 = 1  # the code of this colour space in H.264, and of its primaries and transfer curve
 _LIMITED_RANGE = 1  # AVCOL_RANGE_MPEG, the default of players
 
 
 def write_image(picture: Image.Image, path: Path, record: Mapping[str, Any], quality: int | None = None) -> None:
-    """Write one picture; the suffix decides the format. quality: for JPEG and WebP, 0 to 100; None and 100 mean the
+    """Write one image; the suffix decides the format. quality: for JPEG and WebP, 0 to 100; None and 100 mean the
     best.
 
     PNG gets one text chunk for each of prompt and seed and one, "settings", with the whole record as JSON; JPEG and
@@ -76,15 +76,15 @@ def _encode(
 
 
 def is_transparent(picture: Image.Image) -> bool:
-    """Return whether a picture has an alpha channel or a transparent colour."""
+    """Return whether an image has an alpha channel or a transparent colour."""
     return "A" in picture.mode or "transparency" in picture.info
 
 
 def _in_mode_of(picture: Image.Image, suffix: str) -> Image.Image:
-    """Return a picture in a mode that files of that extension hold. Raises InputError if there is none."""
+    """Return an image in a mode that files of that extension hold. Raises InputError if there is none."""
     if picture.mode in ("F", "I"):
         raise InputError(
-            f"a picture of mode {picture.mode} has numbers of no defined brightness; use .safetensors, or convert it"
+            f"an image of mode {picture.mode} has numbers of no defined brightness; use .safetensors, or convert it"
         )
     if picture.mode == "I;16" and suffix != ".png":  # the other formats have 8 bits
         return _eight_bits(picture)
@@ -112,7 +112,7 @@ def write_video(
     That format needs even sizes: an odd size gets one more column or row, a copy of the last. The record becomes the
     container's comment, as JSON.
     """
-    import av  # its libraries take a while to load, and pictures do not need them
+    import av  # its libraries take a while to load, and images do not need them
 
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         container.metadata["comment"] = record_text(record)

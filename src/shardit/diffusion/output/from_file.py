@@ -35,8 +35,8 @@ _OF_FOLDER = 64
 # Placeholders in `Request.settings` for values that a file does not contain.
 _NOT_HELD = {
     "numbers": re.compile(r"(Tensor|Parameter|ndarray)\([\d, ]*\)"),
-    "a picture": re.compile(r"picture \d+x\d+"),
-    "pictures": re.compile(r"\d+ pictures \d+x\d+"),
+    "an image": re.compile(r"picture \d+x\d+"),
+    "images": re.compile(r"\d+ pictures \d+x\d+"),
 }
 _PROMPT = re.compile(r"(\w+_)?prompt(_\d)?")
 """Names of arguments that are texts, so that none of their values is a placeholder."""
@@ -149,14 +149,14 @@ def differences(record: Mapping[str, Any], versions: Mapping[str, str]) -> list[
 
 
 def other_pictures(record: Mapping[str, Any], sizes: Sequence[tuple[int, int]]) -> list[str]:
-    """Return a note if the input pictures, of these sizes, cannot be those in the record, else []."""
+    """Return a note if the input images, of these sizes, cannot be those in the record, else []."""
     before, now = (
         [f"{width}x{height}" for width, height in one] for one in (record.get("input_image_sizes", ()), sizes)
     )
     if before == now:
         return []
     there, here = (", ".join(one) or "none" for one in (before, now))
-    return [f"the file was made from input pictures of {there}, here: {here}: the result will differ"]
+    return [f"the file was made from input images of {there}, here: {here}: the result will differ"]
 
 
 def other_revision(record: Mapping[str, Any], takes: PipelineSignature) -> list[str]:

@@ -1,4 +1,4 @@
-"""The result of a request in memory: pictures, videos, sound, text or numbers; and saving it to files."""
+"""The result of a request in memory: images, videos, sound, text or numbers; and saving it to files."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Output:
     seed: int
     """The seed that was used, given or drawn."""
     images: Sequence[Image] = ()
-    """Pictures (for layered pipelines: layers), empty for videos."""
+    """Images (for layered pipelines: layers), empty for videos."""
     frames: Sequence[Sequence[Image]] | None = None
-    """One list of frames for each video, None for pictures."""
+    """One list of frames for each video, None for images."""
     latents: Any = None
     """The result as numbers: latents before the VAE for output_type="latent", pixels for "np" (array) and "pt"
     (tensor)."""
@@ -47,7 +47,7 @@ class Output:
     texts: Sequence[str] = ()
     """Texts, of a pipeline that writes text."""
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """All other fields of the pipeline's result by name: tensors, arrays, numbers, pictures, and lists and dicts of
+    """All other fields of the pipeline's result by name: tensors, arrays, numbers, images, and lists and dicts of
     these."""
     error: str | None = None
     """Reason of a missing result, in one line; None if there is a result."""
@@ -93,15 +93,15 @@ class Output:
         return tuple(kind for kind, there in held.items() if there)
 
     def pictures(self) -> Sequence[Image]:
-        """`images`, or if there are none the pictures of a map in `extra` (depth, normals)."""
+        """`images`, or if there are none the images of a map in `extra` (depth, normals)."""
         if self.images:
             return self.images
         return next((made for name in MAPS if name in self.extra and (made := pictures_of_map(self.extra[name]))), [])
 
     def save(self, path: str | os.PathLike[str], *, quality: int | None = None, fps: float | None = None) -> list[Path]:
-        """Write the content that fits the extension: pictures (.png, .jpg, .webp), videos with their sound (.mp4),
+        """Write the content that fits the extension: images (.png, .jpg, .webp), videos with their sound (.mp4),
         sound (.wav), text (.txt), or all numbers in one file by name (.safetensors): `latents`, `audio`, `extra`, and
-        the pixels of pictures, from 0 to 255, as `images` (number, height, width, channels) and of videos as
+        the pixels of images, from 0 to 255, as `images` (number, height, width, channels) and of videos as
         `frames.0`, `frames.1`.
 
         quality: of JPEG and WebP, 0 to 100; None and 100 mean the best there is (95 without colour subsampling, and
@@ -116,7 +116,7 @@ class Output:
             raise InputError(f"the request failed: {_one_line(self.error)}")
         kinds = self.kinds
         if not kinds:
-            raise NothingToSaveError("nothing to save, the output holds no pictures; leave out output_type")
+            raise NothingToSaveError("nothing to save, the output holds no images; leave out output_type")
         if self.audio is not None and target.suffix.lower() in SUFFIXES["audio"]:
             self._sound(self.audio)
         check_path(target, kinds, transparent=any(map(is_transparent, self.images)))
@@ -179,7 +179,7 @@ class Output:
         return by_name(pair for field, value in held.items() for pair in named_arrays(value, field))
 
     def _arrays(self) -> dict[str, Any]:
-        """Return all arrays of a .safetensors file; pictures and frames as their pixels, from 0 to 255."""
+        """Return all arrays of a .safetensors file; images and frames as their pixels, from 0 to 255."""
         shown = {"images": pixels_of(self.images), "frames": [pixels_of(video) for video in self.frames or ()]}
         pixels = [pair for field, value in shown.items() for pair in named_arrays(value, field)]
         return by_name([*self._numbers().items(), *pixels])

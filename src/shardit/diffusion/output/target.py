@@ -46,9 +46,9 @@ def check_path(
     transparent: bool = False,
     size: tuple[int | None, int | None] = _NO_SIZE,
 ) -> Path:
-    """Check that `path` can be written, without writing it, so that nobody waits for a picture that cannot be saved.
+    """Check that `path` can be written, without writing it, so that nobody waits for an image that cannot be saved.
 
-    kind: the content to save, or several of which one can be saved; None if it is not known yet. transparent: pictures
+    kind: the content to save, or several of which one can be saved; None if it is not known yet. transparent: images
     have an alpha channel. size: width and height, as far as they are known. Returns the path, raises `InputError`.
     """
     target = path_of(path)

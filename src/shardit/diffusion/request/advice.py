@@ -16,7 +16,7 @@ _OF_ZERO = re.compile(
 )
 """Words of errors for tensors without elements."""
 _OF_RATIO = re.compile(r"aspect ratio|must be > 0")
-"""Words of errors for sizes that are computed from those of a picture."""
+"""Words of errors for sizes that are computed from those of an image."""
 _OF_SHAPES = (RuntimeError, IndexError, ZeroDivisionError)
 """Errors of torch and Python for such tensors; custom classes have clear messages."""
 _OF_ARGUMENTS = (RuntimeError, IndexError, ValueError, TypeError, AttributeError)
@@ -36,17 +36,17 @@ def advice(request: Request, error: Exception) -> str:
 
 
 def _narrow(request: Request, error: Exception) -> str:
-    """Return an input picture that leaves nothing of a size computed from its own, if the error may come of that."""
+    """Return an input image that leaves nothing of a size computed from its own, if the error may come of that."""
     sizes = [one.size for one in request.images if min(one.size) < max(_SMALL / 4, max(one.size) / 100)]
     text = str(error)
     if not sizes or not any(words.search(text) for words in (_OF_ZERO, _OF_SIZES, _OF_RATIO)):
         return ""
     width, height = min(sizes, key=min)
-    return f"; perhaps {request.image_name} is too small or too narrow ({width}x{height}): give another picture"
+    return f"; perhaps {request.image_name} is too small or too narrow ({width}x{height}): give another image"
 
 
 def _pictures(request: Request, error: Exception) -> str:
-    """Return the arguments for pictures and videos that were not given, if the error may come of a missing one: it
+    """Return the arguments for images and videos that were not given, if the error may come of a missing one: it
     concerns nothing, inputs or one of them."""
     text, names = str(error), request.pictures_left_out
     of_another = any(f"`{name}`" in text for name in request.kwargs)
@@ -54,7 +54,7 @@ def _pictures(request: Request, error: Exception) -> str:
     speaks = nothing or any(re.search(rf"\b{name}\b", text) for name in names)
     if not names or not speaks or type(error) not in _OF_ARGUMENTS:
         return ""
-    return f"; not given: {', '.join(names)}: the pipeline may need a picture or a video there"
+    return f"; not given: {', '.join(names)}: the pipeline may need an image or a video there"
 
 
 def _tensors(request: Request, error: Exception) -> str:

@@ -31,7 +31,7 @@ _OWN_FIELDS = ("num_outputs_per_prompt", "seed", "fps")
 # Further arguments of these names would be ignored in favour of these parameters.
 _IN_PLACES = {"prompt": "prompt (--prompt)", "image": "pil_image (--image)", "pil_image": "pil_image (--image)"}
 _EMBEDDED = ("image_embeds", "image_embeddings")
-# What some pipelines take in place of a picture or a video that they need.
+# What some pipelines take in place of an image or a video that they need.
 _IN_PLACE_OF = {
     "mask_image": ("masked_image_latents",),
     "control_mask": ("masked_image_latents",),
@@ -185,7 +185,7 @@ def _build(
 def _pictures_left_out(
     kwargs: Mapping[str, Any], images: Sequence[ImageSource], takes: PipelineSignature
 ) -> tuple[str, ...]:
-    """Return the arguments for pictures and videos that have not been given."""
+    """Return the arguments for images and videos that have not been given."""
     names = takes.pictures if images or takes.image_name is None else (takes.image_name, *takes.pictures)
     return tuple(name for name in names if kwargs.get(name) is None and not takes.needs_adapter(name))
 

@@ -1,4 +1,4 @@
-"""Reads input pictures and converts them to upright 8-bit pictures in their intended colours."""
+"""Reads input images and converts them to upright 8-bit images in their intended colours."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ if TYPE_CHECKING:
 Mode = Literal["RGB", "RGBA", "opaque"]
 
 _NOTE, _ON_WHITE = "shardit_note", "its transparent pixels were put on white"
-"""The key in `info` of a picture under which a note for the user travels with it, and such a note."""
+"""The key in `info` of an image under which a note for the user travels with it, and such a note."""
 
 
 _EIGHT_BITS, _SIXTEEN_BITS = 255, 65535
 
 
 def open_image(source: ImageSource, mode: Mode = "RGB") -> Image.Image:
-    """Read a file, the bytes of one, or take a PIL picture (which is not changed), as an 8-bit picture.
+    """Read a file, the bytes of one, or take a PIL image (which is not changed), as an 8-bit image.
 
     - The EXIF orientation is applied.
-    - "RGB" puts transparent pictures on white, as they appear on a page; "RGBA" keeps transparency and makes opaque
-    pictures fully opaque; "opaque" is "RGB" with the colours that transparent pixels have, as in diffusers: for masks,
+    - "RGB" puts transparent images on white, as they appear on a page; "RGBA" keeps transparency and makes opaque
+    images fully opaque; "opaque" is "RGB" with the colours that transparent pixels have, as in diffusers: for masks,
     whose strokes programs save on a transparent layer.
     - 16-bit greys are scaled to 8 bits (PIL alone would clip them to white), also those stored with 32 bits. CMYK,
     palettes, grey and black-and-white are converted; colour profiles are not applied, as in diffusers.
     - Only the first frame of an animation is used.
 
-    Raises `InputError` naming the file if it is missing or not a picture.
+    Raises `InputError` naming the file if it is missing or not an image.
     """
     with _naming(source):
         read = to_eight_bits(_load_upright(source))
@@ -50,7 +50,7 @@ def open_image(source: ImageSource, mode: Mode = "RGB") -> Image.Image:
 
 
 def picture_notes(arguments: Mapping[str, Any]) -> list[str]:
-    """Return the notes that `open_image` left on pictures among the arguments of a call."""
+    """Return the notes that `open_image` left on images among the arguments of a call."""
     found = {
         f"{name}: {picture.info[_NOTE]}": None
         for name, value in arguments.items()
@@ -82,12 +82,12 @@ def _naming(source: ImageSource) -> Iterator[None]:
 
 
 def is_file(value: object) -> bool:
-    """Return whether a value is a path or the bytes of a file, rather than a picture already."""
+    """Return whether a value is a path or the bytes of a file, rather than an image already."""
     return isinstance(value, (str, os.PathLike, bytes))
 
 
 def open_video(source: str | os.PathLike[str] | bytes) -> list[Image.Image]:
-    """Read a video or an animation, a file or the bytes of one, as a list of upright RGB pictures.
+    """Read a video or an animation, a file or the bytes of one, as a list of upright RGB images.
 
     Raises `InputError` naming the file if it is missing or not a video.
     """
@@ -114,7 +114,7 @@ def open_video(source: str | os.PathLike[str] | bytes) -> list[Image.Image]:
 
 
 def _frames_of_animation(source: str | os.PathLike[str] | bytes) -> list[Image.Image] | None:
-    """Return the frames of a GIF or another animated picture; None for other files. ffmpeg, which reads videos, leaves
+    """Return the frames of a GIF or another animated image; None for other files. ffmpeg, which reads videos, leaves
     out frames of some GIFs."""
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
@@ -123,12 +123,12 @@ def _frames_of_animation(source: str | os.PathLike[str] | bytes) -> list[Image.I
             return [open_image(frame.copy()) for frame in ImageSequence.Iterator(picture)]
     except Image.UnidentifiedImageError:
         return None
-    except Exception as error:  # as for pictures
+    except Exception as error:  # as for images
         raise InputError(f"video {_name_of(source)} cannot be read: {reason(error)}; give another file") from error
 
 
 def turned(frame: VideoFrame, picture: Image.Image) -> Image.Image:
-    """Rotate the picture of a frame as players do: phones store their orientation as a rotation."""
+    """Rotate the image of a frame as players do: phones store their orientation as a rotation."""
     degrees = getattr(frame, "rotation", 0)
     return picture.rotate(degrees, expand=True) if degrees else picture
 
@@ -136,18 +136,18 @@ def turned(frame: VideoFrame, picture: Image.Image) -> Image.Image:
 def _name_of(source: ImageSource) -> str:
     if isinstance(source, (str, os.PathLike)):
         return str(Path(source)) if str(source) else "''"
-    return "given as bytes" if isinstance(source, bytes) else "given as a picture"
+    return "given as bytes" if isinstance(source, bytes) else "given as an image"
 
 
 def _load_upright(source: ImageSource) -> Image.Image:
-    # exif_transpose always makes a copy, so the caller's picture stays as it is. It must run before the file is closed:
+    # exif_transpose always makes a copy, so the caller's image stays as it is. It must run before the file is closed:
     # some formats read their EXIF data only when asked.
     if isinstance(source, Image.Image):
         return ImageOps.exif_transpose(source)
     if isinstance(source, str) and source.split("://")[0] in ("http", "https"):
         raise InputError(f"image {source} is an address; download it and give the file")
     if not isinstance(source, (str, os.PathLike, bytes)):
-        rows = "; rows of pictures go through shardit.parallelize only" if isinstance(source, (list, tuple)) else ""
+        rows = "; rows of images go through shardit.parallelize only" if isinstance(source, (list, tuple)) else ""
         raise InputError(f"an image must be a path, bytes or a PIL image, got {type(source).__name__}{rows}")
     if not isinstance(source, bytes):
         check_name("image", source)
@@ -157,7 +157,7 @@ def _load_upright(source: ImageSource) -> Image.Image:
 
 
 def to_eight_bits(picture: Image.Image) -> Image.Image:
-    """Return a picture with 16 bits scaled to 8, any other as it is. Raises InputError for floating-point values, and
+    """Return an image with 16 bits scaled to 8, any other as it is. Raises InputError for floating-point values, and
     for whole numbers of more bits."""
     if picture.mode == "F":
         raise InputError("an image with floating-point values has no defined brightness; save it with 8 bits")
@@ -176,7 +176,7 @@ def to_eight_bits(picture: Image.Image) -> Image.Image:
 
 
 def to_mode(picture: Image.Image, mode: Mode, background: str = "white") -> Image.Image:
-    """Return an 8-bit picture in a mode, as of `open_image`; "RGB" puts it on `background`."""
+    """Return an 8-bit image in a mode, as of `open_image`; "RGB" puts it on `background`."""
     if mode == "opaque":
         return picture.convert("RGBA").convert("RGB")
     if picture.mode == mode and "transparency" not in picture.info:
@@ -195,12 +195,12 @@ def _may_be_transparent(picture: Image.Image) -> bool:
 
 
 def _plain_alpha(picture: Image.Image) -> Image.Image:
-    """Return a premultiplied picture in its plain form, the only one to which PIL converts it."""
+    """Return a premultiplied image in its plain form, the only one to which PIL converts it."""
     return picture.convert(picture.mode.upper()) if picture.mode in ("RGBa", "La") else picture
 
 
 def _shows_through(picture: Image.Image) -> bool:
-    """Return whether an 8-bit picture has pixels that are not opaque."""
+    """Return whether an 8-bit image has pixels that are not opaque."""
     if not _may_be_transparent(picture):
         return False
     alpha = _plain_alpha(picture).convert("RGBA").getchannel("A")
@@ -210,7 +210,7 @@ def _shows_through(picture: Image.Image) -> bool:
 def reason(error: Exception) -> str:
     """Return in a few words why a file cannot be read."""
     if isinstance(error, Image.UnidentifiedImageError):
-        return "it is not a picture in a known format"
+        return "it is not an image in a known format"
     if isinstance(error, IsADirectoryError):
         return "it is a folder"
     return first_filled_line(str(error)) or type(error).__name__

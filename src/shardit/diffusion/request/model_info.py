@@ -11,7 +11,7 @@ from shardit.diffusion.request.pipeline_signature import PipelineSignature
 class ModelInfo:
     """The signature of a model's pipeline, and notes for the user.
 
-    signature_with_image: of the pipeline for requests with a picture, if it is another one. bytes_read: read from files
+    signature_with_image: of the pipeline for requests with an image, if it is another one. bytes_read: read from files
     by this rank. held_bytes, limit_bytes: the rank's memory in use after it has loaded its share, and its limit, None
     if that is not known.
     """

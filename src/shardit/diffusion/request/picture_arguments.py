@@ -1,4 +1,4 @@
-"""Reads arguments of pipelines that are pictures or videos, given as files."""
+"""Reads arguments of pipelines that are images or videos, given as files."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from shardit.diffusion.request.pipeline_signature import PipelineSignature, is_m
 from shardit.errors import InputError
 
 OPAQUE = ("mask", "control")
-"""Words in the names of arguments whose pictures are drawn in white on nothing."""
+"""Words in the names of arguments whose images are drawn in white on nothing."""
 
 
 def open_pictures(given: Mapping[str, Any], takes: PipelineSignature) -> dict[str, Any]:
-    """Return the given picture arguments, with paths and bytes in them read: as pictures, or as lists of frames. If a
-    pipeline wants a list, one picture becomes a list of one, and a mask is repeated for all frames.
+    """Return the given image arguments, with paths and bytes in them read: as images, or as lists of frames. If a
+    pipeline wants a list, one image becomes a list of one, and a mask is repeated for all frames.
 
-    Frames of a video become RGB; other pictures, tensors and similar values are not changed. Raises InputError.
+    Frames of a video become RGB; other images, tensors and similar values are not changed. Raises InputError.
     """
     found = {name: _opened(name, given[name], takes) for name in takes.pictures if name in given}
     videos = [value for name, value in found.items() if is_video(name) and isinstance(value, list)]
@@ -31,10 +31,10 @@ def open_pictures(given: Mapping[str, Any], takes: PipelineSignature) -> dict[st
 
 
 def _check(value: Any) -> None:
-    """Raise InputError for plain values that are no picture, as JSON may have them, and for open files."""
+    """Raise InputError for plain values that are no image, as JSON may have them, and for open files."""
     parts = value if isinstance(value, (list, tuple)) else [value]
     if not len(parts) or any(isinstance(part, (bool, int, float, Mapping)) or hasattr(part, "read") for part in parts):
-        raise InputError(f"must be a picture, the path of one or a list of these, got {value!r:.60}")
+        raise InputError(f"must be an image, the path of one or a list of these, got {value!r:.60}")
 
 
 def _has_to_be_opened(name: str, entry: Any) -> bool:

@@ -41,7 +41,7 @@ _CONTROLS = ("control_image", "control_video", "conditioning_frames", "image")
 _WORDS_OF_VIDEO_PIPELINES = ("VideoToVideo", "LatentUpsample")
 _WORDS_OF_MASKS = ("Inpaint", "Fill")
 _MASKS = ("mask_image", "control_mask")
-# Given several pictures for one prompt, these would take them for a batch. Other classes may have a use for several,
+# Given several images for one prompt, these would take them for a batch. Other classes may have a use for several,
 # and get them.
 _CLASSES_OF_ONE_IMAGE = ("QwenImageEditPipeline", "QwenImageLayeredPipeline", "LongCatImageEditPipeline")
 
@@ -59,9 +59,9 @@ class PipelineSignature:
     required: tuple[str, ...] = ()
     """Arguments without a default."""
     pictures: tuple[str, ...] = ()
-    """Arguments besides `image` that are pictures or videos, by their names and annotations."""
+    """Arguments besides `image` that are images or videos, by their names and annotations."""
     listed: tuple[str, ...] = ()
-    """The arguments in `pictures` that are lists of pictures and nothing else, by their annotations."""
+    """The arguments in `pictures` that are lists of images and nothing else, by their annotations."""
     tensors: tuple[str, ...] = ()
     """Arguments that are tensors and nothing else, by their annotations."""
     tuples: Mapping[str, int] = field(default_factory=dict)
@@ -112,14 +112,14 @@ class PipelineSignature:
     def kinds_as(self, output_type: str | None) -> tuple[Kind, ...]:
         """Return the kinds that can be saved of a request with this `output_type`."""
         kinds: tuple[Kind, ...] = self.kinds
-        if output_type in ("latent", "np", "pt"):  # numbers replace pictures, except for maps, which are made of them
+        if output_type in ("latent", "np", "pt"):  # numbers replace images, except for maps, which are made of them
             kinds = tuple(kind for kind in kinds if kind not in ("image", "video") or {*MAPS} & {*self.outputs})
         numbers: tuple[Kind, ...] = () if "tensors" in kinds else ("tensors",)
         return kinds + numbers
 
     @property
     def form(self) -> str | None:
-        """The `output_type` for pictures, if the default would give numbers or latents."""
+        """The `output_type` for images, if the default would give numbers or latents."""
         default = self.defaults.get("output_type")
         shows = not self.outputs or {*VIDEO, *PICTURES} & set(self.outputs)
         return "pil" if "output_type" in self.names and shows and not self._numbers and default != "pil" else default
@@ -193,7 +193,7 @@ class PipelineSignature:
 
     @property
     def image_name(self) -> str | None:
-        """The argument that takes the input pictures, or None."""
+        """The argument that takes the input images, or None."""
         return "image" if "image" in self.names else None
 
     @property
@@ -203,7 +203,7 @@ class PipelineSignature:
 
     @property
     def needs_image(self) -> bool:
-        """Whether the pipeline cannot run without an input picture."""
+        """Whether the pipeline cannot run without an input image."""
         by_name = any(word in self.class_name for word in _WORDS_OF_IMAGE_PIPELINES)
         by_name = (by_name and self.class_name not in _EDIT_WITHOUT_IMAGE) or self._control_name == "image"
         return "image" in self.required or (self.image_name is not None and by_name)
@@ -217,7 +217,7 @@ class PipelineSignature:
 
     @property
     def needed_pictures(self) -> tuple[str, ...]:
-        """Pictures and videos besides `image` without which the pipeline cannot run."""
+        """Images and videos besides `image` without which the pipeline cannot run."""
         required = tuple(name for name in self.required if name in self.pictures)
         video = "video" in self.names and any(word in self.class_name for word in _WORDS_OF_VIDEO_PIPELINES)
         others = (self.mask_name, self._control_name, "video" if video else None)
@@ -231,7 +231,7 @@ class PipelineSignature:
 
     @property
     def one_image(self) -> bool:
-        """Whether several input pictures for one prompt are a mistake."""
+        """Whether several input images for one prompt are a mistake."""
         return self.class_name in _CLASSES_OF_ONE_IMAGE or "ImageToVideo" in self.class_name
 
     @property
@@ -278,7 +278,7 @@ def is_count(name: str) -> bool:
 
 
 def is_video(name: str) -> bool:
-    """Return whether an argument that is a picture by its name is a video."""
+    """Return whether an argument that is an image by its name is a video."""
     return name.endswith(("video", "videos", "conditioning_frames"))
 
 

@@ -23,13 +23,13 @@ class Request:
     kwargs: Mapping[str, Any]
     """Chosen arguments of the pipeline's `__call__`, apart from prompt, images, number of outputs and generator."""
     images: Sequence[Image]
-    """Input pictures, upright, 8-bit, in the mode of the pipeline."""
+    """Input images, upright, 8-bit, in the mode of the pipeline."""
     image_name: str | None
-    """Argument for the pictures, or None."""
+    """Argument for the images, or None."""
     seed: int
     """Seed of a torch CPU generator."""
     num_outputs: int
-    """Requested pictures or videos."""
+    """Requested images or videos."""
     count_name: str | None
     """Argument for the number of outputs, or None."""
     fps: float
@@ -41,7 +41,7 @@ class Request:
     made_by: Mapping[str, Any] = field(default_factory=dict)
     """See `PipelineSignature.made_by`."""
     pictures_left_out: Sequence[str] = ()
-    """Arguments for pictures and videos that the pipeline takes and that were not given."""
+    """Arguments for images and videos that the pipeline takes and that were not given."""
 
     def call_arguments(self) -> dict[str, Any]:
         """Return all arguments of the pipeline's `__call__` except the generator."""
@@ -49,7 +49,7 @@ class Request:
         if self.prompt is not None:
             arguments["prompt"] = self.prompt
         if self.images and self.image_name:
-            # Some pipelines take a list of one for a batch, so one picture is passed as itself.
+            # Some pipelines take a list of one for a batch, so one image is passed as itself.
             arguments[self.image_name] = self.images[0] if len(self.images) == 1 else list(self.images)
         if self.count_name:
             arguments[self.count_name] = self.num_outputs

@@ -25,7 +25,7 @@ class ResultLimits:
     steps: int = 100_000
     """Denoising steps."""
     outputs: int = 10_000
-    """Results of one request, layers of a picture."""
+    """Results of one request, layers of an image."""
     prompt_tokens: int = 2**20
     """Tokens to which a prompt may be padded (`max_sequence_length`)."""
 

@@ -1,4 +1,4 @@
-"""Classifies the fields of pipelines' results as videos, pictures, sound or text, and finds the declared fields of a
+"""Classifies the fields of pipelines' results as videos, images, sound or text, and finds the declared fields of a
 pipeline class."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ Kind = Literal["video", "image", "audio", "text", "tensors"]
 VIDEO = ("frames", "video", "videos")
 PICTURES = ("images", "image", "rgb")
 MAPS = ("prediction",)
-"""Numbers by pixel (depth, normals, materials) that can be shown as pictures."""
+"""Numbers by pixel (depth, normals, materials) that can be shown as images."""
 SOUND = ("audio", "audios", "sound", "waveform", "waveforms")
 TEXT = ("text", "texts")
 

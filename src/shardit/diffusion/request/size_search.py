@@ -27,7 +27,7 @@ def search(takes: Callable[[int, int], bool]) -> dict[str, int]:
 
 def least_of(parts: Mapping[str, Any], arguments: Container[str]) -> dict[str, int]:
     """Return the least height and width that leave latents, by name, for a pipeline with these arguments and
-    attributes: pipelines that round sizes down have a processor of pictures that rounds in the same steps."""
+    attributes: pipelines that round sizes down have a processor of images that rounds in the same steps."""
     processors = (part for name, part in parts.items() if name.endswith("_processor"))
     steps = (getattr(getattr(part, "config", None), "vae_scale_factor", None) for part in processors)
     least = max((step for step in steps if isinstance(step, int)), default=1)

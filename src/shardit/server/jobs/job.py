@@ -19,7 +19,7 @@ ENDED: tuple[State, ...] = ("completed", "failed", "cancelled")
 class NewJob:
     """A new job from the HTTP side for the store.
 
-    request: the arguments of `build_requests` as JSON values: {"prompt": ..., "seed": ..., ...}; input pictures are
+    request: the arguments of `build_requests` as JSON values: {"prompt": ..., "seed": ..., ...}; input images are
     files, named in `inputs`. view: fields of the request that answers repeat (size, seconds, quality ...).
     """
 
@@ -29,7 +29,7 @@ class NewJob:
     cost: float
     """Expected seconds; decides its place in the queue."""
     inputs: Mapping[str, bytes] = field(default_factory=dict)
-    """Input pictures by file name, unchanged, checked."""
+    """Input images by file name, unchanged, checked."""
     view: Mapping[str, Any] = field(default_factory=dict)
     owner: str | None = None
     """The API key that sent it; None without keys."""

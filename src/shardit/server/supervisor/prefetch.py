@@ -1,4 +1,4 @@
-"""Builds requests for the ranks from stored jobs. Input pictures are decoded in another thread: large ones take
+"""Builds requests for the ranks from stored jobs. Input images are decoded in another thread: large ones take
 long."""
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from shardit.server.jobs.store import Store
 
 
 class Prefetcher:
-    """Builds the request of the next job. `then()` is called, in the loop, when one with pictures has been built: one
+    """Builds the request of the next job. `then()` is called, in the loop, when one with images has been built: one
     at a time, and the newest is kept until its job begins."""
 
     def __init__(self, store: Store, loop: Loop, then: Callable[[], None]):
@@ -24,7 +24,7 @@ class Prefetcher:
         self._built: tuple[str, Request | Exception] | None = None
 
     def ready(self, job: Job, info: ModelInfo) -> bool:
-        """Return whether `take` can be called. If not, the pictures are being decoded."""
+        """Return whether `take` can be called. If not, the images are being decoded."""
         if not job.inputs or (self._built is not None and self._built[0] == job.id):
             return True
         if not self._building:
@@ -44,7 +44,7 @@ class Prefetcher:
         return built
 
     def forget(self) -> None:
-        """Release decoded pictures that are no longer needed."""
+        """Release decoded images that are no longer needed."""
         self._built = None
 
     def _work(self, job: Job, info: ModelInfo) -> None:

@@ -15,7 +15,7 @@ SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 
 def write_results(output: Output, folder: Path, look: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
     """Write the main content of the output into a folder; returns the names of the files, and details to store with the
-    job. `look` may have "output_format" (png by default) and "output_compression" (quality from 0 to 100) of pictures.
+    job. `look` may have "output_format" (png by default) and "output_compression" (quality from 0 to 100) of images.
 
     Files appear complete or not at all. Raises InputError if they cannot be written (disk full, read-only).
     """

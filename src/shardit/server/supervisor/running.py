@@ -22,7 +22,7 @@ def size_of(request: Request | PromptGroup) -> Size:
         return ("text", max(len(row.prompt) for row in request.rows).bit_length(), len(request.rows).bit_length())
     names = ("height", "width", "num_frames", "resolution", "layers")
     sides = [request.kwargs.get(name) for name in names]
-    # Without a size of its own the result takes that of the picture.
+    # Without a size of its own the result takes that of the image.
     pictures = len(request.images) if sides[0] and sides[1] else tuple(picture.size for picture in request.images)
     return (request.pipeline, *sides, request.num_outputs, pictures)
 

@@ -119,7 +119,7 @@ class Supervisor:
         return self.code
 
     def _check_model(self) -> None:
-        """Raise InputError if jobs wait for another model: they would get its pictures."""
+        """Raise InputError if jobs wait for another model: they would get its images."""
         folder, before = Path(self.options.model).expanduser(), self.store.recall(_MODEL)
         plain = str(folder.resolve()) if folder.is_dir() else self.options.model
         numbers = {"dtype": self.options.dtype, "attention_backend": self.options.attention_backend}

@@ -41,7 +41,7 @@ class Format:
     multiple: int = 16
     """Sizes are multiples of this."""
     frames: int | None = None
-    """The model's own number of frames; None for a model of pictures."""
+    """The model's own number of frames; None for a model of images."""
     takes_frames: Callable[[int], bool] = lambda frames: True
     """Whether a clip may have so many frames, as in `lambda frames: frames % 4 == 1`."""
 
@@ -51,7 +51,7 @@ def frames_asked(wanted: int | None, fps: float | None, format: Format) -> int:
     if format.frames is None:
         for name, value in (("num_frames", wanted), ("fps", fps)):
             if value not in (None, 1):
-                raise InputError(f"{name} is for models of videos, and this one makes pictures; leave it out")
+                raise InputError(f"{name} is for models of videos, and this one makes images; leave it out")
         return 1
     frames = wanted or format.frames
     if not format.takes_frames(frames):

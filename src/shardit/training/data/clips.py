@@ -159,7 +159,7 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
             raise InputError("the file is empty")
         with av.open(str(path)) as container:
             if not container.streams.video:
-                raise InputError("it has no pictures")
+                raise InputError("it has no images")
             yield container, container.streams.video[0]
     # Damaged data raise nearly anything: errors of av, EOFError, MemoryError, ...
     except Exception as error:

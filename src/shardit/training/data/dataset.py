@@ -24,7 +24,7 @@ _LEFT_OUT = 20
 """Names of samples that are left out in one note."""
 
 _LOST = 1 / 3
-"""Share of a picture above which its cut is noted."""
+"""Share of an image above which its cut is noted."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Dataset:
 
     def pixels(self, number: int) -> Tensor:
         """Return the pixels of a sample as float32 from -1 to 1: (channels, frames, height, width) for a model of
-        videos, (channels, height, width) for one of pictures. Raises InputError, which names the file."""
+        videos, (channels, height, width) for one of images. Raises InputError, which names the file."""
         sample = self.samples[number]
         bucket = sample.bucket
         read = sample.item.media.read(self._reading, bucket.width, bucket.height, bucket.frames)
@@ -104,7 +104,7 @@ def _samples(
     for item in found.items:
         if item.media.moving and format.frames is None:
             raise InputError(
-                f"{item.name} is a clip, and this model makes pictures; take clips out of the data (of drawn shapes, "
+                f"{item.name} is a clip, and this model makes images; take clips out of the data (of drawn shapes, "
                 "use shapes:still)"
             )
         extent = item.media.extent(reading)
@@ -129,7 +129,7 @@ def _changes(item: Item, extent: Extent, bucket: Bucket, reading: Reading) -> li
     if item.media.moving and bucket.frames < reading.frames:
         notes.append(f"shorter than {reading.frames} frames, trained with {bucket.frames}")
     elif not item.media.moving and reading.frames > 1:
-        notes.append("a picture, trained as a clip of one frame")
+        notes.append("an image, trained as a clip of one frame")
     if not extent.width:
         return notes
     wide, high = extent.width / bucket.width, extent.height / bucket.height

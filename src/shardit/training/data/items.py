@@ -1,4 +1,4 @@
-"""`Item`: one sample of the data, a picture or a clip with its caption."""
+"""`Item`: one sample of the data, an image or a clip with its caption."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ENDINGS = (*pictures.ENDINGS, *clips.ENDINGS)
 
 @dataclass(frozen=True)
 class Item:
-    """A picture or a clip with its caption."""
+    """An image or a clip with its caption."""
 
     name: str
     """Tells it from all others: its path in the data, alike on each machine."""

@@ -1,4 +1,4 @@
-"""`Media`: what an item shows, a picture or a clip, wherever it comes from."""
+"""`Media`: what an item shows, an image or a clip, wherever it comes from."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Extent:
 
 
 class Media(Protocol):
-    """A picture or a clip."""
+    """An image or a clip."""
 
     @property
     def moving(self) -> bool:
@@ -85,9 +85,9 @@ class Media(Protocol):
 
 
 def fit(picture: Image.Image, width: int, height: int, pixel_aspect: float = 1.0) -> Image.Image:
-    """Cut the middle with the proportions of the size asked for out of an RGB picture, and resize that.
+    """Cut the middle with the proportions of the size asked for out of an RGB image, and resize that.
 
-    pixel_aspect: width of the picture's pixels over their height.
+    pixel_aspect: width of the image's pixels over their height.
     """
     wide, high = picture.size
     wanted = width / height / pixel_aspect
@@ -98,7 +98,7 @@ def fit(picture: Image.Image, width: int, height: int, pixel_aspect: float = 1.0
 
 
 def array(pictures: Sequence[Image.Image]) -> NDArray[np.uint8]:
-    """Return RGB pictures of one size as one array."""
+    """Return RGB images of one size as one array."""
     return np.stack([np.asarray(picture) for picture in pictures])
 
 

@@ -1,4 +1,4 @@
-"""Pictures in files: upright, on a background, 8 bits; cut and resized to the size asked for."""
+"""Images in files: upright, on a background, 8 bits; cut and resized to the size asked for."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from shardit.errors import InputError
 from shardit.training.data.media import Extent, Reading, array, file_digest, fit, unreadable
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-"""Endings of picture files, in small letters."""
+"""Endings of image files, in small letters."""
 
 _ORIENTATION = 0x0112
 """The EXIF tag for the orientation of the camera."""
@@ -52,7 +52,7 @@ _SIDEWAYS = (5, 6, 7, 8)
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture in a file."""
+    """An image in a file."""
 
     path: Path
     moving = False
@@ -73,7 +73,7 @@ class Picture:
 
 
 def extent_of(picture: Image.Image) -> Extent:
-    """Return how large an opened picture is."""
+    """Return how large an opened image is."""
     turn, notes = orientation(picture)
     width, height = picture.size[::-1] if turn in _SIDEWAYS else picture.size
     if picture.format in _ANIMATED and getattr(picture, "n_frames", 1) > 1:
@@ -82,14 +82,14 @@ def extent_of(picture: Image.Image) -> Extent:
 
 
 def plain(picture: Image.Image, background: str, mode: Mode = "RGB") -> Image.Image:
-    """Return a picture upright, with 8 bits: RGB on the background, or RGBA."""
+    """Return an image upright, with 8 bits: RGB on the background, or RGBA."""
     turn, _ = orientation(picture)
     method, narrow = _TURNS[turn], _eight_bits(picture)
     return to_mode(narrow if method is None else narrow.transpose(method), mode, background)
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
-    """Return a picture with 8 bits, also if a grey of 16 bits is declared as transparent."""
+    """Return an image with 8 bits, also if a grey of 16 bits is declared as transparent."""
     key = picture.info.get("transparency")
     narrow = to_eight_bits(picture)
     if isinstance(key, int) and picture.mode.startswith("I"):
@@ -110,7 +110,7 @@ def _mend_transparency(picture: Image.Image) -> None:
 
 
 def orientation(picture: Image.Image) -> tuple[int, tuple[str, ...]]:
-    """Return the EXIF orientation of a picture, from 1 to 8, and notes on EXIF data without one."""
+    """Return the EXIF orientation of an image, from 1 to 8, and notes on EXIF data without one."""
     with warnings.catch_warnings():  # PIL warns of parts that it cannot read
         warnings.simplefilter("ignore")
         try:
@@ -149,4 +149,4 @@ def _opened(path: Path) -> Iterator[Image.Image]:
                 yield picture
     # PIL's decoders raise nearly anything on damaged data: SyntaxError, struct.error, EOFError, ValueError, ...
     except Exception as error:
-        raise unreadable("picture", path, error) from error
+        raise unreadable("image", path, error) from error

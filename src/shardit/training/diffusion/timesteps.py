@@ -17,7 +17,7 @@ class Timesteps:
     """A distribution of the share of the schedule, by its quantile function.
 
     shift: of "shifted", for any size; None: from `dynamic`, by size. dynamic: the fields of a scheduler's
-    configuration by which the shift depends on the number of tokens of a picture.
+    configuration by which the shift depends on the number of tokens of an image.
     """
 
     kind: str
@@ -25,7 +25,7 @@ class Timesteps:
     dynamic: dict[str, Any] | None = None
 
     def quantile(self, share: float, tokens: int) -> float:
-        """Return the value below which a `share` of the draws lie. tokens: those of a sample's picture or clip."""
+        """Return the value below which a `share` of the draws lie. tokens: those of a sample's image or clip."""
         if self.kind == "uniform":
             return share
         if self.kind == "logit-normal":

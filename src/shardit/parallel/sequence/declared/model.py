@@ -43,7 +43,7 @@ MAX_SIGNATURES = 1024
 dropped first."""
 
 SLACK = 2.0
-"""The bound on differences, in units of `CLOSE`: a random input is harder than a picture."""
+"""The bound on differences, in units of `CLOSE`: a random input is harder than an image."""
 
 Forward = Callable[..., Any]
 

@@ -22,7 +22,7 @@ MOST_NEEDED = 5
 def candidates(
     module: nn.Module, width: int, convolved: bool, family: Family
 ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Yield arguments to try, first those that most modules take. width: of the input; convolved: it is a picture
+    """Yield arguments to try, first those that most modules take. width: of the input; convolved: it is an image
     or a video."""
     parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
     named = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]

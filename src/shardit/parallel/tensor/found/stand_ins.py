@@ -26,7 +26,7 @@ class NoTrialError(Exception):
 
 
 def is_convolution(module: Any) -> bool:
-    """Return whether a module is a plain convolution of all channels that keeps the size of a picture."""
+    """Return whether a module is a plain convolution of all channels that keeps the size of an image."""
     plain = type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and not has_hooks(module)
     return plain and module.groups == 1 and set(module.stride) == {1} and module.padding != "valid"
 

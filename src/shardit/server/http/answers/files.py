@@ -111,7 +111,7 @@ def file_answer(context: Context, job: Job, index: int) -> ResultFile:
 
 
 def images_answer(context: Context, job: Job, response_format: str, base_url: str) -> StreamingResponse:
-    """Return the answer to a synchronous image request: pictures may be large, so they are encoded piece by piece."""
+    """Return the answer to a synchronous image request: images may be large, so they are encoded piece by piece."""
     folder = context.store.files_of(job.id)
     paths = [folder / name for name in job.files]
     head = {

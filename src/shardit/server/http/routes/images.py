@@ -36,7 +36,7 @@ def image_routes(context: Context) -> APIRouter:
         openapi_extra={**body("image"), **PREFER},
     )
     async def generate_images(request: Request) -> Response:
-        """Make pictures and wait for them; with the header `Prefer: respond-async`, get a job instead."""
+        """Make images and wait for them; with the header `Prefer: respond-async`, get a job instead."""
         return await _make(request, context, context.fields.image, needs_picture=False)
 
     @router.post(
@@ -46,14 +46,14 @@ def image_routes(context: Context) -> APIRouter:
         openapi_extra={**body("edit"), **PREFER},
     )
     async def edit_images(request: Request) -> Response:
-        """Make pictures from pictures: uploads in `image` or `image[]`."""
+        """Make images from images: uploads in `image` or `image[]`."""
         return await _make(request, context, context.fields.edit, needs_picture=True)
 
     others: Any = {200: {"content": {"image/jpeg": {"schema": FILE}, "image/webp": {"schema": FILE}}}}
 
     @router.get("/{job_id}/content/{index}", **binary("image/png"), responses={**others, **answers(400, 401, 404, 416)})
     def image_content(request: Request, job_id: str, index: int) -> FileResponse:
-        """One picture, as a PNG, JPEG or WebP file, as requested."""
+        """One image, as a PNG, JPEG or WebP file, as requested."""
         return file_answer(context, find_job(request, context, "image", job_id), index)
 
     add_job_routes(router, context, "image", ImageJob, ImageJobs)

@@ -12,7 +12,7 @@ _TYPES = {
     ".css": "text/css; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-# Pictures and videos are fetched with the key and shown from memory, hence blob:.
+# Images and videos are fetched with the key and shown from memory, hence blob:.
 _POLICY = (
     "default-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; object-src 'none'; base-uri 'none'; "
     "form-action 'self'; frame-ancestors 'none'"

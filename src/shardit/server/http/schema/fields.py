@@ -55,7 +55,7 @@ NO_MEANING: dict[str, Any] = {
 the server has anyway."""
 
 LOOK = ("output_format", "output_compression")
-"""Fields for the encoding of picture files."""
+"""Fields for the encoding of image files."""
 
 ROUTING = ("model", "response_format", "priority", *LOOK, *NO_MEANING)
 """Fields that do not affect the result itself."""

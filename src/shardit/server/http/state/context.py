@@ -32,6 +32,6 @@ class Context:
     """Of a server of a language model."""
     started_at: float = field(default_factory=time.time)
     decoding: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
-    """Uploads are decoded one after the other: a picture takes a hundred times the memory of its file."""
+    """Uploads are decoded one after the other: an image takes a hundred times the memory of its file."""
     fetching: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(4))
-    """Limits fetches of pictures from other hosts, so that they leave threads to other requests."""
+    """Limits fetches of images from other hosts, so that they leave threads to other requests."""

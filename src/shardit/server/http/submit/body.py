@@ -27,7 +27,7 @@ _DEEPEST = 32
 _MOST_ENTRIES = 10_000
 """Limit for one list or object. Each wrong entry would cost kilobytes for its error."""
 _MOST_MARKS = 300_000
-"""Limit for commas and opening brackets: a body is large because of its texts and pictures, not of countless values."""
+"""Limit for commas and opening brackets: a body is large because of its texts and images, not of countless values."""
 _MOST_JSON = 16 * 1024**2
 """Limit for a body with texts only, in bytes: tokens are made one body after the other."""
 _LONGEST_NAME = 256

@@ -1,4 +1,4 @@
-"""Fetches input pictures from trusted hosts only."""
+"""Fetches input images from trusted hosts only."""
 
 from __future__ import annotations
 

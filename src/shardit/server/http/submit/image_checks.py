@@ -1,4 +1,4 @@
-"""Checks uploaded pictures before decoding, then decodes them once to ensure that they are complete."""
+"""Checks uploaded images before decoding, then decodes them once to ensure that they are complete."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FORMATS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
 
 
 def check_header(data: bytes, limits: RequestLimits, param: str) -> str:
-    """Return the file extension of a picture, without decoding it.
+    """Return the file extension of an image, without decoding it.
 
     Raises ApiError (400) for anything but a PNG, JPEG or WebP of at most `limits.pixels`.
     """
@@ -26,18 +26,18 @@ def check_header(data: bytes, limits: RequestLimits, param: str) -> str:
     try:
         width, height = _size(data, kind)
     except Image.DecompressionBombError as error:
-        text = f"has far more pixels than the limit; give a picture of 1 to {limits.pixels} pixels"
+        text = f"has far more pixels than the limit; give an image of 1 to {limits.pixels} pixels"
         raise _refused(param, text, "too_large") from error
     except Exception as error:  # decoders raise nearly any exception on damaged data
         raise _refused(param, "cannot be read, its header is damaged; save it again") from error
     if width < 1 or height < 1 or width * height > limits.pixels:
-        text = f"has {width}x{height} pixels; give a picture of 1 to {limits.pixels} pixels"
+        text = f"has {width}x{height} pixels; give an image of 1 to {limits.pixels} pixels"
         raise _refused(param, text, "too_large")
     return _FORMATS[kind]
 
 
 def check_whole(data: bytes, param: str) -> None:
-    """Decode a picture once, after `check_header`. Takes time and memory: call it in a thread, one at a time.
+    """Decode an image once, after `check_header`. Takes time and memory: call it in a thread, one at a time.
 
     Raises ApiError (400) if it is damaged.
     """
@@ -46,7 +46,7 @@ def check_whole(data: bytes, param: str) -> None:
     except InputError as error:
         raise _refused(param, f"cannot be used: {error}") from error
     except MemoryError as error:
-        raise _refused(param, "does not fit the memory; give a smaller picture", "too_large") from error
+        raise _refused(param, "does not fit the memory; give a smaller image", "too_large") from error
 
 
 def _format_of(data: bytes) -> str | None:
@@ -58,7 +58,7 @@ def _format_of(data: bytes) -> str | None:
 
 
 def _size(data: bytes, kind: str) -> tuple[int, int]:
-    if kind == "WEBP":  # PIL would reserve memory for the whole picture when it opens one
+    if kind == "WEBP":  # PIL would reserve memory for the whole image when it opens one
         return _webp_size(data)
     with Image.open(io.BytesIO(data), formats=[kind]) as picture:  # reads the header only
         return picture.size

@@ -1,4 +1,4 @@
-"""Input pictures of a request: uploads, data: URLs, and addresses on trusted hosts."""
+"""Input images of a request: uploads, data: URLs, and addresses on trusted hosts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shardit.server.options import ServeOptions
 
 
 def input_pictures(values: Mapping[str, Any], body: Body, options: ServeOptions) -> list[tuple[str, bytes]]:
-    """Return all input pictures, each with the name of its field, in order. Blocks while it fetches. Raises
+    """Return all input images, each with the name of its field, in order. Blocks while it fetches. Raises
     ApiError."""
     found: list[tuple[str, bytes]] = []
     for name in PICTURES:
@@ -26,7 +26,7 @@ def input_pictures(values: Mapping[str, Any], body: Body, options: ServeOptions)
             found.append((name, _read(url, name, options)))
     if len(found) > options.limits.input_images:
         name, most = found[-1][0], options.limits.input_images
-        text = f"{name}: there are {len(found)} input pictures, the limit is {most}; give fewer"
+        text = f"{name}: there are {len(found)} input images, the limit is {most}; give fewer"
         raise ApiError(400, text, code="too_many_images", param=name)
     return found
 

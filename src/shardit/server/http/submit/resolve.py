@@ -20,7 +20,7 @@ from shardit.server.http.schema.errors import ApiError, from_input_error
 from shardit.server.http.schema.fields import LOOK, PICTURES, ROUTING
 from shardit.server.options import RequestLimits, ServeOptions
 
-# Arguments of pipelines that are tensors, pictures or functions, which no JSON value can be, and files of this machine.
+# Arguments of pipelines that are tensors, images or functions, which no JSON value can be, and files of this machine.
 _NOT_SENDABLE = re.compile(
     r"^output_type$|embeds|latents|mask|image|video|callback|generator|guess|processor|(^|_)(file|path|url)s?($|_)"
 )
@@ -35,7 +35,7 @@ def pipeline_names(info: ModelInfo | None) -> list[str]:
 
 
 def _is_sendable(name: str, takes: PipelineSignature) -> bool:
-    # A text for a picture would be a path on this machine. A number is none, whatever its name (image_guidance_scale).
+    # A text for an image would be a path on this machine. A number is none, whatever its name (image_guidance_scale).
     number = only_numbers(takes.forms.get(name, ())) or isinstance(takes.defaults.get(name), (int, float))
     return (number or not _NOT_SENDABLE.search(name)) and name not in (*takes.pictures, *takes.tensors)
 
@@ -69,7 +69,7 @@ def look_of(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def arguments(values: Mapping[str, Any], takes: PipelineSignature, options: ServeOptions) -> dict[str, Any]:
-    """Return the prompt and parameters under the names of `Omni.generate`, without pictures and seed. Raises
+    """Return the prompt and parameters under the names of `Omni.generate`, without images and seed. Raises
     ApiError."""
     given = {name: value for name, value in values.items() if name not in ROUTING and name not in (*PICTURES, "seed")}
     if given.get("prompt") == "" and "prompt" not in takes.names:

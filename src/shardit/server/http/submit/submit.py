@@ -63,7 +63,7 @@ async def submit_job(
     needs_picture: bool = False,
     one: bool = False,
 ) -> Accepted:
-    """Read, check and store a request. needs_picture: it must have an input picture. one: its answer is one file.
+    """Read, check and store a request. needs_picture: it must have an input image. one: its answer is one file.
     Raises ApiError."""
     check_open(context)
     if context.options.of_language:
@@ -138,18 +138,18 @@ def _check_kind(takes: PipelineSignature, kind: Kind) -> None:
 def _picture_field(
     values: Mapping[str, Any], body: Body, info: ModelInfo, needed: bool
 ) -> tuple[str | None, PipelineSignature]:
-    """Return the field with input pictures, if any, and the pipeline that will run then."""
+    """Return the field with input images, if any, and the pipeline that will run then."""
     plain, takes = info.signature, info.signature_with_image or info.signature
     given = next((name for name in PICTURES if body.uploads.get(name) or values.get(name) not in (None, [])), None)
     if given is None and plain.needs_image:
         where = "image (POST /v1/images/edits)" if plain.kind == "image" else "input_reference"
-        text, name = f"{plain.class_name} needs a picture; give one in {where}", where.split()[0]
+        text, name = f"{plain.class_name} needs an image; give one in {where}", where.split()[0]
         raise ApiError(400, text, code="missing_field", param=name)
     if given is not None and takes.image_name is None:
-        text = f"{given}: {takes.class_name} takes no picture; leave it out, or use a model that takes one"
+        text = f"{given}: {takes.class_name} takes no image; leave it out, or use a model that takes one"
         raise ApiError(400, text, code="invalid_value", param=given)
     if needed and takes.image_name is None:
-        text = f"{takes.class_name} takes no picture; use a model that takes one, or POST /v1/images/generations"
+        text = f"{takes.class_name} takes no image; use a model that takes one, or POST /v1/images/generations"
         raise ApiError(400, text, code="wrong_kind", param="model")
     if needed and given is None:
         raise ApiError(400, "image is missing; give one to edit", code="missing_field", param="image")
@@ -159,12 +159,12 @@ def _picture_field(
 async def _pictures(
     field: str, values: Mapping[str, Any], body: Body, takes: PipelineSignature, context: Context
 ) -> dict[str, bytes]:
-    """Return the checked input pictures by file name."""
+    """Return the checked input images by file name."""
     limits = context.options.limits
     async with context.fetching if context.options.fetch_hosts else nullcontext():
         found = await run_in_threadpool(input_pictures, values, body, context.options)
     if len(found) > 1 and takes.one_image:
-        text = f"{field}: {takes.class_name} takes one picture, there are {len(found)}; give one"
+        text = f"{field}: {takes.class_name} takes one image, there are {len(found)}; give one"
         raise ApiError(400, text, code="too_many_images", param=field)
     suffixes = [check_header(data, limits, param) for param, data in found]
     for param, data in found:

@@ -14,7 +14,7 @@ _WAYS = "a folder, a .jsonl file, hf:NAME, shapes:moving, shapes:centred, shapes
 
 
 def find_items(source: str, *, held_out: bool = False) -> FoundItems:
-    """Return the items of some data. Opens no picture and no clip. Raises InputError.
+    """Return the items of some data. Opens no image and no clip. Raises InputError.
 
     held_out: for data of validation; drawn shapes then have captions that training does not meet.
     """

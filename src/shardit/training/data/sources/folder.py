@@ -1,4 +1,4 @@
-"""A folder of pictures and clips, each with its caption in a text file of the same name."""
+"""A folder of images and clips, each with its caption in a text file of the same name."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ ROWS = ".jsonl"
 
 
 def folder_items(folder: Path) -> FoundItems:
-    """Return the pictures and clips of a folder and of those in it. Raises InputError."""
+    """Return the images and clips of a folder and of those in it. Raises InputError."""
     files, notes = _files(folder)
     media = [path for path in files if media_of(path)]
     if not media:
         rows = next((path for path in files if path.suffix.lower() == ROWS), None)
         hint = f"; give --data {shown(rows)} for its rows" if rows else ""
-        raise InputError(f"data {shown(folder)} has no pictures or clips ({', '.join(ENDINGS)}){hint}")
+        raise InputError(f"data {shown(folder)} has no images or clips ({', '.join(ENDINGS)}){hint}")
     texts = [path for path in files if path.suffix.lower() == CAPTIONS]
     pairs = _pairs(folder, media, texts)
     unused = [_name(folder, path) for path in texts if path not in set(pairs.values())]
     if unused:
-        notes.append(f"{count(len(unused), 'text belongs', 'texts belong')} to no picture or clip: {listed(unused)}")
+        notes.append(f"{count(len(unused), 'text belongs', 'texts belong')} to no image or clip: {listed(unused)}")
     others = [_name(folder, path) for path in files if path not in {*media, *texts}]
     if others:
         notes.append(f"{count(len(others), 'other file is', 'other files are')} not read: {listed(others)}")
@@ -48,7 +48,7 @@ def folder_items(folder: Path) -> FoundItems:
 
 
 def _pairs(folder: Path, media: list[Path], texts: list[Path]) -> dict[Path, Path]:
-    """Return the caption's file of each picture or clip. Raises InputError if it is not plain which one it is, or if
+    """Return the caption's file of each image or clip. Raises InputError if it is not plain which one it is, or if
     some have none; no captions at all are fine."""
     by_name: dict[str, list[Path]] = defaultdict(list)
     for path in texts:

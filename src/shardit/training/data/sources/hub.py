@@ -1,4 +1,4 @@
-"""Data sets of the package `datasets`: a column of pictures and one of captions."""
+"""Data sets of the package `datasets`: a column of images and one of captions."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from shardit.training.data.sources.captions import caption
 from shardit.training.data.sources.rows import TEXTS
 
 PICTURES = "image"
-"""The column of pictures."""
+"""The column of images."""
 
 
 @dataclass(frozen=True, eq=False)
 class RowPicture:
-    """The picture of a row."""
+    """The image of a row."""
 
     table: Any
     number: int
@@ -55,7 +55,7 @@ class RowPicture:
         with self._named():
             picture = self.table[self.number][PICTURES]
         if not isinstance(picture, Image.Image):
-            given = "no picture" if picture is None else f"a {type(picture).__name__}, not a picture,"
+            given = "no image" if picture is None else f"a {type(picture).__name__}, not an image,"
             raise InputError(f"row {self.number} of the data has {given} in the column {PICTURES}; take it out")
         return picture
 

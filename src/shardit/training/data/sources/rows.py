@@ -1,4 +1,4 @@
-"""A JSONL file: one row for each picture or clip, with its file and its caption."""
+"""A JSONL file: one row for each image or clip, with its file and its caption."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _item(path: Path, place: str, line: str) -> Item:
     check_name(place, file)
     media = media_of(file)
     if media is None:
-        raise InputError(f"{place}: {given!r} is no picture or clip; its name must end in one of {', '.join(ENDINGS)}")
+        raise InputError(f"{place}: {given!r} is no image or clip; its name must end in one of {', '.join(ENDINGS)}")
     if not file.is_file():
         raise InputError(f"{place}: {shown(file)} does not exist; correct the path")
     return Item(portable(given), media, caption(_text(place, row, TEXTS, "the caption")))

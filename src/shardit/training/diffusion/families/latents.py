@@ -45,9 +45,9 @@ def check_vae(vae: Any) -> None:
 
 @torch.no_grad()
 def encoded(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """Return the normalised latents of one picture or clip of (C, [F,] H, W) in [-1, 1].
+    """Return the normalised latents of one image or clip of (C, [F,] H, W) in [-1, 1].
 
-    They are the mode of the posterior, not a draw of it: the same in each epoch, and as pipelines encode pictures that
+    They are the mode of the posterior, not a draw of it: the same in each epoch, and as pipelines encode images that
     they are given.
     """
     first = next(vae.parameters())

@@ -144,6 +144,16 @@ def test_folders_are_small() -> None:
         assert len(files) <= FOLDER_FILES, folder
 
 
+def test_each_class_has_a_name_of_its_own() -> None:
+    """One name has one meaning in the package, so a search for it finds one definition."""
+    homes: dict[str, list[str]] = defaultdict(list)
+    for name, tree in trees().items():
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef):
+                homes[node.name].append(name)
+    assert not {name: places for name, places in homes.items() if len(places) > 1}
+
+
 def test_files_named_in_docs_exist() -> None:
     repository = ROOT.parent.parent
     for page in (repository / "README.md", *(repository / "docs").glob("*.md")):

@@ -1,2 +1,1 @@
-"""Cutting a model at its block calls, and running what was cut: mesh, communication, call sites, schedule, request
-loop."""
+"""Cutting a model at its block calls, and running what was cut: mesh, messages, plans, schedule, request loop."""

@@ -1,2 +1,1 @@
-"""Blocks that every rank runs on all tokens, since these cannot be split: their operations are partitioned over the
-ranks."""
+"""Blocks that every rank runs on all tokens: their operations are partitioned over the ranks."""

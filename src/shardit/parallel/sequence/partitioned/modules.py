@@ -1,5 +1,4 @@
-"""Intercepts the modules inside a block: their calls go to the run of the block, which may partition them over
-ranks."""
+"""Intercepts the modules inside a block: their calls go to a handler, which may partition them over the ranks."""
 
 from __future__ import annotations
 

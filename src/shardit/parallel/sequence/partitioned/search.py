@@ -212,6 +212,5 @@ def describe(partitioned: PartitionedBlock, why: Exception) -> str:
     reason = str(why).partition(": set ulysses_degree")[0]
     return (
         f"{reason}. Every rank runs these blocks on all tokens and computes its share of {partitioned.share:.0%} of "
-        f"their "
-        "multiplications: that saves time, but no memory for activations"
+        "their multiplications: that saves time, but no memory for activations"
     )

@@ -8,6 +8,9 @@ from shardit.parallel.attention.sequence_attention import AttentionLayout
 from shardit.parallel.sequence.found.search import BlockPlan
 from shardit.parallel.sequence.partitioned.run import PartitionedBlock
 
+MAX_STEPS = 1024
+"""Sizes of block calls that are remembered per transformer."""
+
 
 @dataclass
 class BlockStep:

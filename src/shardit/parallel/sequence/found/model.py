@@ -33,7 +33,7 @@ from shardit.parallel.attention.block_attention import DONE, FAILED, BlockAttent
 from shardit.parallel.attention.hook import attention_goes_to
 from shardit.parallel.attention.sequence_attention import SequenceAttention
 from shardit.parallel.block_signature import fingerprint, value_key
-from shardit.parallel.sequence.found.block_step import BlockStep
+from shardit.parallel.sequence.found.block_step import MAX_STEPS, BlockStep
 from shardit.parallel.sequence.found.flow import Flow
 from shardit.parallel.sequence.found.search import REMEDY, BlockPlan, NoShardingFound, find_plan
 from shardit.parallel.sequence.partitioned.modules import intercept
@@ -49,9 +49,6 @@ from shardit.parallel.sequence.shards.lazy import ShardCache, ShardSource
 from shardit.parallel.sequence.shards.token_dims import Shape
 
 log = logging.getLogger(__name__)
-
-MAX_STEPS = 1024
-"""Sizes of block calls that are remembered per transformer."""
 
 
 _flow: ContextVar[Flow | None] = ContextVar("shardit_flow", default=None)

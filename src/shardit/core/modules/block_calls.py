@@ -6,8 +6,9 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from torch import compiler, nn
+from torch import nn
 
+from shardit.core.modules.compiled import never_compiled
 from shardit.core.modules.patching import subclass_in_place
 from shardit.errors import UnsupportedError
 
@@ -54,7 +55,7 @@ def _interceptable(own_call: Any, index: int, calls: BlockCalls) -> Any:
             return own_call(self, *args, **kwargs)
         return interceptor.block_call(index, own_call.__get__(self), args, kwargs)
 
-    return compiler.disable(__call__)
+    return never_compiled(__call__)
 
 
 def _missing(intercepted_call: Any, name: str, calls: BlockCalls) -> Any:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from shardit.errors import UnsupportedError
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 COMPILED = "_orig_mod"
 """Name of the module in the wrapper that torch.compile returns."""
@@ -37,6 +40,11 @@ def unwrap_parts(model: nn.Module) -> None:
 def compile_call(module: nn.Module, compiler: Any) -> None:
     """Compile the calls of a module, as `module.compile()` does, with an existing compiler and its settings."""
     module._compiled_call_impl = compiler(module._call_impl)
+
+
+def never_compiled(function: Function) -> Function:
+    """Return a function that compiled code calls without looking into it."""
+    return torch.compiler.disable(function)  # pyright: ignore[reportReturnType]
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
+from shardit.core.modules.compiled import never_compiled
 from shardit.errors import UnsupportedError
 from shardit.parallel.attention.sequence_attention import Call
 
@@ -60,7 +61,7 @@ def attention_is_taken() -> bool:
     return _handler.get() is not None
 
 
-@torch.compiler.disable  # one break in a compiled block, in place of one at each of the functions below
+@never_compiled  # one break in a compiled block, in place of one at each of the functions below
 def _sdpa(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -94,7 +95,7 @@ def _replaced() -> str | None:
     return f"{getattr(_plain_sdpa, '__qualname__', 'a function')} in place of F.scaled_dot_product_attention"
 
 
-@torch.compiler.disable
+@never_compiled
 def _hand_over(handler: Handler, call: Call) -> torch.Tensor:
     token = _handler.set(None)  # attention inside the handler is not a call of the block
     try:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from shardit.core.modules.compiled import never_compiled
 from shardit.errors import UnsupportedError
 from shardit.parallel.tensor.plan import WHOLE
 
@@ -33,7 +34,7 @@ def unless_whole(cut_forward: Callable[..., torch.Tensor]) -> Callable[..., torc
     return forward
 
 
-@torch.compiler.disable
+@never_compiled
 def together(act: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
     """Return act(tensor), which may work in place; in an autograd graph, a backward through it raises
     UnsupportedError."""

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from shardit.core.comm.collectives import Collectives
+from shardit.core.modules.compiled import never_compiled
 from shardit.core.modules.patching import Subclasses, share_subclass
 from shardit.errors import UnsupportedError
 from shardit.parallel.tensor.forward import together, unless_whole
@@ -26,7 +27,7 @@ def install_role(module: nn.Module, role: Role, ranks: Collectives, made: Subcla
     """Give a module with a cut weight the forward of its role, in place."""
     forward = unless_whole(_FORWARDS[role.kind](role, ranks))
     if role.kind in ONE_OPERATION:
-        forward = torch.compiler.disable(forward)
+        forward = never_compiled(forward)
     share_subclass(module, made, (role,), lambda: {"forward": forward, PLAIN: type(module)})
 
 

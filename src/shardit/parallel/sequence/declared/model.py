@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
+from shardit.core.modules.compiled import never_compiled
 from shardit.core.modules.patching import subclass_in_place
 from shardit.core.modules.state.module_state import State, copy_aliases, new_values, restore, state_of
 from shardit.core.runtime.flat_call import FlatCall
@@ -246,7 +247,7 @@ class PlannedSequence:
         for rules in self.rules:
             if rules.module is not self.model:
                 call = _module_call(type(rules.module).__call__, rules, self)
-                subclass_in_place(rules.module, {"__call__": torch.compiler.disable(call)})
+                subclass_in_place(rules.module, {"__call__": never_compiled(call)})
 
     @property
     def _own(self) -> ModuleRules | None:

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from shardit.core.comm.barrier import sendable
-from shardit.core.modules.compiled import uncompiled
+from shardit.core.modules.compiled import never_compiled, uncompiled
 from shardit.core.modules.fingerprint import PROCESSOR
 from shardit.core.modules.patching import subclass_in_place
 from shardit.core.modules.state.module_state import copy_aliases, new_values, restore, state_of
@@ -315,7 +315,7 @@ class SequenceParallel:
         self._owned = [not any(p.is_meta for p in block.parameters()) for _, block in self.blocks]
         for index, (_, block) in enumerate(self.blocks):
             own_call = type(block).__call__
-            subclass_in_place(block, {"__call__": torch.compiler.disable(_block_call(own_call, index, self))})
+            subclass_in_place(block, {"__call__": never_compiled(_block_call(own_call, index, self))})
 
 
 def _batches(shapes: list[Shape | None]) -> tuple[int | None, ...]:

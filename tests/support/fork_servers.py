@@ -56,5 +56,5 @@ def kept_fork_server() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
         patch.setenv("PYTHONPATH", os.pathsep.join([str(SUPPORT), *(part for part in path if part != str(SUPPORT))]))
-        patch.setattr("shardit.engine.process.placement.ForkServer", KeptForkServer)
+        patch.setattr("shardit.engine.process.placement.ForkServerClient", KeptForkServer)
         yield

@@ -57,7 +57,7 @@ def per_call(rank: int, count: int, method: str, grad: bool) -> list[int]:
     runtime = Runtime.of(init_mesh(config, device="cpu", timeout_s=30, rank=rank, init_method=method), 1, False)
     model = Model().requires_grad_(False)
     stage(model, runtime, Cut((), place_blocks([1.0] * 4, count, 1)))
-    entry_of(model).guard(runtime, dict, lambda: None)
+    entry_of(model).compare_inputs(runtime, dict, lambda: None)
     for _ in range(3):
         given = Counted(torch.rand(2, 8))
         flattened.clear()

@@ -13,7 +13,7 @@ from typing import Any
 class Loop:
     """Runs callbacks posted by other threads, one at a time, and `tick` about every `every_s` seconds.
 
-    on_trouble(error) is called with errors of callbacks: a failing system call, a full disk, or a bug. The loop
+    on_error(error) is called with errors of callbacks: a failing system call, a full disk, or a bug. The loop
     continues.
     """
 

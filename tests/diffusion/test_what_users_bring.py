@@ -82,7 +82,7 @@ TABLE = [
     Row("prompt_embeds", brought.prompt_embeds),
     Row("latents", brought.given_latents),
     Row("output_type latent, np, pt, pil", brought.output_types),
-    Row("several pictures per prompt", brought.batch),
+    Row("several images per prompt", brought.batch),
     Row("other schedulers, stochastic ones", brought.schedulers),
     Row("callback that changes latents", brought.callback, fast=True),
     Row("interrupt by any rank", brought.interrupt, fast=True),

@@ -224,7 +224,7 @@ def test_progress_can_be_turned_off():
 def test_joins_under_torchrun(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
-        PREAMBLE
+        PREAMBLE.replace("fake_session", "fake_session_with_torch")
         + "omni = two()\noutputs = omni.generate(['a', 'b'])\n"
         + "assert len(outputs) == (2 if os.environ['RANK'] == '0' else 0)\n"
         + "try:\n    Omni('x')\nexcept Exception as error:\n    text = f'{type(error).__name__}: {error}'\n"

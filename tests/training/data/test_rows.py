@@ -181,8 +181,8 @@ def test_rows_that_look_different_have_different_keys(
 
 def test_a_row_without_a_picture_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for content, message in (
-        (None, "row 1 of the data has no picture in the column image; take it out"),
-        ({"bytes": b""}, "row 1 of the data has a dict, not a picture, in the column image; take it out"),
+        (None, "row 1 of the data has no image in the column image; take it out"),
+        ({"bytes": b""}, "row 1 of the data has a dict, not an image, in the column image; take it out"),
     ):
         with_datasets(monkeypatch, Table(image=[Image.new("RGB", (2, 2)), content], text=["a", "b"]))
         with pytest.raises(InputError) as raised:

@@ -19,10 +19,11 @@ from shardit.core.comm.mesh import init_mesh
 from shardit.core.comm.p2p import Comm
 from shardit.core.components.layerwise import cut_layerwise
 from shardit.core.components.owned import make_owned
+from shardit.core.modules.hooks import add_libraries
 from shardit.core.modules.small_tensors import SMALL_BYTES, small_tensors
 from shardit.core.modules.units import find_units
 from shardit.core.runtime.pending import PendingTensor
-from shardit.diffusion.family import LIBRARIES
+from shardit.diffusion.family import FAMILY, LIBRARIES
 from shardit.engine.inspect import inspect_model
 from shardit.loading.safetensors_file import Reads
 from tests.pipelines.entry import entries
@@ -242,6 +243,7 @@ def replace_methods(vae: Any) -> None:
 
 def uses(rank: int, count: int, method: str) -> None:
     join(rank, count, method)
+    add_libraries(FAMILY.libraries)
     torch.set_grad_enabled(False)
     load, ranks = functools.partial(brought.pipeline, "flux"), comm()
     plain, vae = _vae(load()), _vae(load())

@@ -120,7 +120,7 @@ class Overlap:
     """One model whose calls may be in flight together. overlapped: how many have been. generators: random generators
     that its modules and hooks have.
 
-    scales: see Stages. alone: whether that holds for calls by a user's own program, too: their results must then be
+    scales: see TransformerStages. alone: whether that holds for calls by a user's own program, too: their results must then be
     used by all ranks, in the same order. Of a pipeline that is known.
     """
 

@@ -128,19 +128,19 @@ def scales_adapters(kwargs: dict[str, Any], scales: str) -> bool:
 
 
 def stage(
-    model: nn.Module, runtime: Runtime, place: Cut, shared: Collection[int] = (), scales: str = ""
+    model: nn.Module, runtime: Runtime, cut: Cut, shared: Collection[int] = (), scales: str = ""
 ) -> TransformerStages:
     """Cut a transformer in place: keep the blocks of this rank, intercept the calls of all and of the model.
-    `shared`: ids of tensors of other components, too, which every rank keeps. `scales`: see Stages."""
-    cut = CutModel(model, blocks_named(model, place.blocks, place.plan), place.placement.owners())
-    stages = TransformerStages(cut, runtime, scales)
-    drop_blocks(model, cut.blocks, cut.owners, runtime.comm.rank, place.plan, shared)
-    others = [number for number, owner in enumerate(cut.owners) if owner != runtime.comm.rank]
-    install(cut.blocks, cut.calls, [number for number in others if lacks_data(cut.blocks[number][1])])
+    `shared`: ids of tensors of other components, too, which every rank keeps. `scales`: see TransformerStages."""
+    cut_model = CutModel(model, blocks_named(model, cut.blocks, cut.plan), cut.placement.owners())
+    stages = TransformerStages(cut_model, runtime, scales)
+    drop_blocks(model, cut_model.blocks, cut_model.owners, runtime.comm.rank, cut.plan, shared)
+    others = [number for number, owner in enumerate(cut_model.owners) if owner != runtime.comm.rank]
+    install(cut_model.blocks, cut_model.calls, [number for number in others if lacks_data(cut_model.blocks[number][1])])
     ModelEntry(model, stages.call)
 
     def end() -> None:
-        if cut.calls.interceptor is None:
+        if cut_model.calls.interceptor is None:
             runtime.schedule.drain()
 
     members = {

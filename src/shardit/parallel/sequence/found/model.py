@@ -200,11 +200,11 @@ class SequenceParallel:
         if step is None:
             if len(self._steps) >= MAX_STEPS:
                 self._steps.clear()
-            plan, dealt_kind = self._known(kind, shapes), (kind, _batches(shapes))
-            if plan is None and dealt_kind not in self._partitioned:
+            plan, partition_kind = self._known(kind, shapes), (kind, _batches(shapes))
+            if plan is None and partition_kind not in self._partitioned:
                 plan = self._find(kind, index, call, leaves, spec, shapes)
             if plan is None:
-                step = BlockStep(None, self._partitioned.get(dealt_kind))
+                step = BlockStep(None, self._partitioned.get(partition_kind))
             else:
                 step = BlockStep(plan, None, plan.candidate.totals(shapes))
             self._steps[key] = step

@@ -120,8 +120,8 @@ class Overlap:
     """One model whose calls may be in flight together. overlapped: how many have been. generators: random generators
     that its modules and hooks have.
 
-    scales: see TransformerStages. alone: whether that holds for calls by a user's own program, too: their results must then be
-    used by all ranks, in the same order. Of a pipeline that is known.
+    scales: see TransformerStages. alone: whether that holds for calls by a user's own program, too: their results must
+    then be used by all ranks, in the same order. Of a pipeline that is known.
     """
 
     model: nn.Module

@@ -13,7 +13,7 @@ import typer
 from typer import Option
 
 from shardit import commands, language_commands
-from shardit.diffusion.output.from_file import differences, other_pictures, other_revision, read_record
+from shardit.diffusion.output.from_file import differences, other_images, other_revision, read_record
 from shardit.diffusion.output.output import savable
 from shardit.diffusion.output.target import SUFFIXES, check_path
 from shardit.engine.nodes.node_info import versions
@@ -105,7 +105,7 @@ def _checked(run: Callable[[GenerateFlags], None]) -> Callable[[GenerateFlags], 
         flags.check(writes=is_first_rank(os.environ))
         if flags.from_file is not None and is_first_rank(os.environ):
             record = read_record(flags.from_file)
-            _note([*differences(record, versions()), *other_pictures(record, [one.size for one in flags.pictures])])
+            _note([*differences(record, versions()), *other_images(record, [one.size for one in flags.images])])
         run(flags)
 
     checked.__doc__ = run.__doc__

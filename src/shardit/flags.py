@@ -139,8 +139,8 @@ class GenerateFlags(
         prompts, params = self.prompts(), self.sampling_params()
         takes, with_image = static_signatures_of_model(split_model(self.model, self.config, self.model_options())[0])
         if takes is None:
-            for picture in self.pictures:
-                open_image(picture)
+            for image in self.images:
+                open_image(image)
             return
         self.check_file(with_image if self.image and with_image else takes)
         build_requests(prompts, params, takes=takes, takes_with_image=with_image)  # limits the number of files, too
@@ -170,11 +170,11 @@ class GenerateFlags(
         if self.negative_prompt is not None:
             entry["negative_prompt"] = self.negative_prompt
         if self.image:
-            entry["pil_image"] = self.pictures
+            entry["pil_image"] = self.images
         return entry
 
     @functools.cached_property
-    def pictures(self) -> list[Image]:
+    def images(self) -> list[Image]:
         """The files of --image, read. Raises InputError if one is missing or no image."""
         return [read_image(path) for path in self.image or ()]
 

@@ -16,7 +16,7 @@ from shardit.diffusion.output.from_file import (
     check_model_is_here,
     differences,
     flags_of,
-    other_pictures,
+    other_images,
     other_revision,
     read_record,
 )
@@ -64,9 +64,9 @@ def test_a_flag_turns_off_a_switch_of_the_file(tmp_path):
 
 def test_input_pictures_of_another_size_are_noted():
     record = {"input_image_sizes": [[160, 128]]}
-    assert other_pictures(record, [(160, 128)]) == []
-    assert other_pictures({}, []) == []
-    assert other_pictures(record, [(320, 256), (8, 8)]) == [
+    assert other_images(record, [(160, 128)]) == []
+    assert other_images({}, []) == []
+    assert other_images(record, [(320, 256), (8, 8)]) == [
         "the file was made from input images of 160x128, here: 320x256, 8x8: the result will differ"
     ]
 

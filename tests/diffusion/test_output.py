@@ -18,8 +18,8 @@ from shardit.diffusion.output.encode import write_video
 from shardit.diffusion.output.from_file import read_record
 from shardit.diffusion.output.output import Output
 from shardit.diffusion.output.target import check_path
-from shardit.diffusion.request.images import open_image, open_video, picture_notes
-from shardit.diffusion.request.picture_arguments import open_pictures
+from shardit.diffusion.request.image_arguments import open_images
+from shardit.diffusion.request.images import image_notes, open_image, open_video
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from shardit.errors import InputError
 from shardit.training.data import shapes
@@ -353,8 +353,8 @@ def test_transparency_goes_on_white_or_stays():
     assert open_image(Image.new("RGB", (2, 2), "red"), "RGBA").getpixel((0, 0)) == (255, 0, 0, 255)
     assert open_image(Image.new("LA", (2, 2), (0, 0))).getpixel((0, 0)) == (255, 255, 255)
     given = {"image": [open_image(one) for one in (half, half, Image.new("RGBA", (2, 2), "red"))], "steps": 3}
-    assert picture_notes(given) == ["image: its transparent pixels were put on white"]
-    assert picture_notes({"a": open_image(half, "RGBA"), "b": open_image(half, "opaque")}) == []
+    assert image_notes(given) == ["image: its transparent pixels were put on white"]
+    assert image_notes({"a": open_image(half, "RGBA"), "b": open_image(half, "opaque")}) == []
     assert open_image(clear, "opaque").getpixel((0, 0)) == (255, 0, 0)
     assert open_image(Image.new("LA", (2, 2), (0, 0)), "opaque").getpixel((0, 0)) == (0, 0, 0)
 
@@ -363,10 +363,10 @@ def test_strokes_of_masks_stay_on_black():
     mask = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
     mask.putpixel((1, 0), (255, 255, 255, 255))
     takes = PipelineSignature(
-        "Inpaint", ("image", "mask_image", "ip_adapter_image"), pictures=("mask_image", "ip_adapter_image")
+        "Inpaint", ("image", "mask_image", "ip_adapter_image"), images=("mask_image", "ip_adapter_image")
     )
     given = dict.fromkeys(("mask_image", "ip_adapter_image"), encoded(mask, "PNG"))
-    found = open_pictures(given, takes)
+    found = open_images(given, takes)
     assert [found["mask_image"].getpixel((x, 0))[0] for x in (0, 1)] == [0, 255]
     assert [found["ip_adapter_image"].getpixel((x, 0))[0] for x in (0, 1)] == [255, 255]
 
@@ -407,12 +407,12 @@ def test_animations_have_the_frames_that_diffusers_reads(tmp_path):
 
 
 def test_pictures_given_as_open_files_or_of_other_kinds():
-    takes = PipelineSignature("Video", ("video", "mask_image"), pictures=("video", "mask_image"))
+    takes = PipelineSignature("Video", ("video", "mask_image"), images=("video", "mask_image"))
     grey = Image.new("L", (2, 2), 9)
-    assert open_pictures({"video": [grey, grey]}, takes)["video"][1].getpixel((0, 0)) == (9, 9, 9)
+    assert open_images({"video": [grey, grey]}, takes)["video"][1].getpixel((0, 0)) == (9, 9, 9)
     for value in (io.BytesIO(encoded(grey, "PNG")), [io.BytesIO(encoded(grey, "PNG"))]):
         with pytest.raises(InputError, match="mask_image: must be an image, the path of one or a list"):
-            open_pictures({"mask_image": value}, takes)
+            open_images({"mask_image": value}, takes)
 
 
 def test_cmyk_and_black_and_white():

@@ -258,7 +258,7 @@ class PaintPipeline:
 
 def test_paths_and_bytes_for_every_picture_argument(tmp_path):
     takes = signature_of(PaintPipeline)
-    assert takes.pictures == ("mask_image", "control_video", "ip_adapter_image")
+    assert takes.images == ("mask_image", "control_video", "ip_adapter_image")
     mask = Image.new("L", (8, 6), 255)
     mask.save(tmp_path / "mask.png")
     frames = [Image.new("RGB", (32, 16), (40 * number, 0, 0)) for number in range(3)]
@@ -293,13 +293,13 @@ class FakeInpaintPipeline:
 
 def test_an_inpainting_pipeline_needs_a_mask():
     takes, picture = signature_of(FakeInpaintPipeline), Image.new("RGB", (8, 8))
-    assert takes.needed_pictures == (takes.mask_name,) == ("mask_image",)
+    assert takes.needed_images == (takes.mask_name,) == ("mask_image",)
     for mask in ({}, {"mask_image": None}):
         asked = {"prompt": "a", **mask}
         refused("^FakeInpaintPipeline needs mask_image; give it", asked, None, takes, pil_image=picture)
     for mask in ({"mask_image": picture}, {"masked_image_latents": torch.zeros(1)}):
         build({"prompt": "a", **mask}, takes=takes, pil_image=picture)
-    assert signature_of(PaintPipeline).needed_pictures == ()
+    assert signature_of(PaintPipeline).needed_images == ()
 
 
 class MaskedVideoPipeline:
@@ -376,7 +376,7 @@ def test_picture_arguments_of_real_pipelines():
     import diffusers
 
     def pictures(name):
-        return signature_of(getattr(diffusers, name)).pictures
+        return signature_of(getattr(diffusers, name)).images
 
     assert pictures("WanImageToVideoPipeline") == ("last_image",)
     assert set(pictures("WanVACEPipeline")) == {"video", "mask", "reference_images"}
@@ -824,7 +824,7 @@ def test_values_as_the_annotations_say():
     (request,) = build("a", Params(extra_args={"thresholds": {"0": 0.9, "x": 1}}), ANNOTATED)
     assert request.kwargs == {"thresholds": {0: 0.9, "x": 1}}
     lacking = dataclasses.replace(ANNOTATED, lacks_adapter=True)
-    assert build("a", Params(), lacking)[0].pictures_left_out == ("image", "mask_image")
+    assert build("a", Params(), lacking)[0].images_left_out == ("image", "mask_image")
 
 
 def test_numbers_are_sent_whatever_their_names_are():

@@ -278,7 +278,7 @@ def test_every_pipeline_has_known_outputs():
 def test_fps_reaches_the_pipeline(name):
     takes = CALLED[name]
     given = [each for each in takes.required if each not in ("prompt", "image", "generator")]
-    fill = {each: [RED] if each in takes.pictures else 1 for each in given}
+    fill = {each: [RED] if each in takes.images else 1 for each in given}
     call = {"extra_args": fill, **({"pil_image": RED} if takes.image_name else {})}
     call |= {"prompt": "a"} if "prompt" in takes.names else {}
 

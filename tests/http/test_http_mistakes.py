@@ -346,7 +346,7 @@ def test_the_models_own_name_for_fps(tmp_path: Path) -> None:
 
 def test_models_that_need_what_no_request_holds(tmp_path: Path) -> None:
     takes = PipelineSignature(
-        "FakeInpaintPipeline", ("prompt", "image", "mask_image"), pictures=("mask_image",), outputs=("images",)
+        "FakeInpaintPipeline", ("prompt", "image", "mask_image"), images=("mask_image",), outputs=("images",)
     )
     with serving(tmp_path, info=ModelInfo(takes)) as served:
         error = error_of(served, NOW, {"prompt": "a cat"}, 400)

@@ -133,4 +133,4 @@ ENTRIES: tuple[PipelineEntry, ...] = (
     PipelineEntry("HunyuanDiTPAGPipeline", _hunyuan, lambda: _call(use_resolution_binning=False, pag_scale=2.0)),
 )
 
-NOT_BUILT = {"OmniGenPipeline": "its processor of text and pictures needs torchvision"}
+NOT_BUILT = {"OmniGenPipeline": "its processor of text and images needs torchvision"}

@@ -10,7 +10,7 @@ def unservable(takes: PipelineSignature) -> str:
     """Return the reason why no request of a pipeline can ever run; "" if requests can."""
     if takes.kind == "video" and is_missing("av"):
         return f"{takes.class_name} makes videos, which the module av writes, and it is not installed; pip install av"
-    needed = ", ".join(takes.needed_pictures)
+    needed = ", ".join(takes.needed_images)
     if not needed:
         return ""
     return f"{takes.class_name} needs {needed}, which the server cannot take; use shardit generate or shardit.Omni"

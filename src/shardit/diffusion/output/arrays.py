@@ -44,16 +44,16 @@ def by_name(pairs: Iterable[tuple[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return found
 
 
-def pixels_of(pictures: Sequence[Image]) -> Any:
+def pixels_of(images: Sequence[Image]) -> Any:
     """Convert images to one array (N, height, width, channels), or to a list if they differ in size or mode."""
     import numpy as np
 
-    arrays = [np.asarray(picture) for picture in pictures]
+    arrays = [np.asarray(image) for image in images]
     return np.stack(arrays) if len({(array.shape, array.dtype) for array in arrays}) == 1 else arrays
 
 
-def pictures_of_map(numbers: Any) -> list[Image]:
-    """Convert maps of shape (N, height, width, channels) or (N, channels, height, width) to pictures: one channel to
+def images_of_map(numbers: Any) -> list[Image]:
+    """Convert maps of shape (N, height, width, channels) or (N, channels, height, width) to images: one channel to
     16-bit grey, three to 8-bit colours; return [] for other shapes.
 
     Numbers in [0, 1] or [-1, 1] are scaled from that interval to the range of the image, others from their minimum

@@ -16,7 +16,7 @@ from shardit.diffusion.loading.required_packages import named_in
 from shardit.diffusion.output.arrays import array_of
 from shardit.diffusion.output.output import Output
 from shardit.diffusion.request.advice import advice
-from shardit.diffusion.request.returned import PICTURES, SOUND, TEXT, VIDEO
+from shardit.diffusion.request.returned import IMAGES, SOUND, TEXT, VIDEO
 from shardit.errors import InputError
 from shardit.loading.missing import pip_line
 
@@ -85,8 +85,8 @@ def _read(result: Any, request: Request) -> tuple[dict[str, Any], list[str]]:
     if not fields:
         raise InputError("nothing; check its arguments")
     made: dict[str, Any] = {}
-    name = next((name for name in (*VIDEO, *PICTURES) if name in fields), None)
-    name = name or next((name for name, value in fields.items() if _pictures(value)), None)
+    name = next((name for name in (*VIDEO, *IMAGES) if name in fields), None)
+    name = name or next((name for name, value in fields.items() if _images(value)), None)
     if name is not None:
         made.update(_shown(name, fields.pop(name)))
     latent = request.kwargs.get("output_type") == "latent"
@@ -122,22 +122,22 @@ def fields_of(result: Any) -> dict[str, Any]:
 
 def _shown(name: str, made: Any) -> dict[str, Any]:
     """Return the fields of the Output for a pipeline's images or videos; numbers count as latents."""
-    groups = _pictures(made)
+    groups = _images(made)
     if groups is None:
         return {"latents": _plain(made)} if _is_numeric(made) else {"extra": {name: _portable(made, name, [])}}
     if name in VIDEO:
         # One list of images is one video.
         flat = isinstance(made, list) and all(isinstance(entry, Image) for entry in made)
         return {"frames": [made] if flat else groups}
-    return {"images": [picture for group in groups for picture in group]}
+    return {"images": [image for group in groups for image in group]}
 
 
-def _pictures(made: Any) -> list[list[Image]] | None:
+def _images(made: Any) -> list[list[Image]] | None:
     """Return images as a list of lists, or None if the value is something else."""
     entries = made if isinstance(made, (list, tuple)) else [made]
     groups = [list(entry) if isinstance(entry, (list, tuple)) else [entry] for entry in entries]
-    flat = [picture for group in groups for picture in group]
-    return groups if flat and all(isinstance(picture, Image) for picture in flat) else None
+    flat = [image for group in groups for image in group]
+    return groups if flat and all(isinstance(image, Image) for image in flat) else None
 
 
 def _is_numeric(value: Any) -> bool:

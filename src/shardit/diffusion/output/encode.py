@@ -40,7 +40,7 @@ _BT709 = 1  # the code of this colour space in H.264, and of its primaries and t
 _LIMITED_RANGE = 1  # AVCOL_RANGE_MPEG, the default of players
 
 
-def write_image(picture: Image.Image, path: Path, record: Mapping[str, Any], quality: int | None = None) -> None:
+def write_image(image: Image.Image, path: Path, record: Mapping[str, Any], quality: int | None = None) -> None:
     """Write one image; the suffix decides the format. quality: for JPEG and WebP, 0 to 100; None and 100 mean the
     best.
 
@@ -49,54 +49,52 @@ def write_image(picture: Image.Image, path: Path, record: Mapping[str, Any], qua
     """
     # Encoded in memory first: PIL's encoders do not notice when the disk takes only part of a file.
     encoded = io.BytesIO()
-    _encode(picture, encoded, path.suffix.lower(), record, None if quality == 100 else quality)
+    _encode(image, encoded, path.suffix.lower(), record, None if quality == 100 else quality)
     path.write_bytes(encoded.getvalue())
 
 
-def _encode(
-    picture: Image.Image, into: io.BytesIO, suffix: str, record: Mapping[str, Any], quality: int | None
-) -> None:
-    picture = _in_mode_of(picture, suffix)
+def _encode(image: Image.Image, into: io.BytesIO, suffix: str, record: Mapping[str, Any], quality: int | None) -> None:
+    image = _in_mode_of(image, suffix)
     if suffix == ".png":
         info = PngInfo()
         for name in ("prompt", "seed"):
             if record.get(name) is not None:
                 _add_text(info, name, str(record[name]))
         _add_text(info, "settings", record_text(record))
-        picture.save(into, format="PNG", pnginfo=info)
+        image.save(into, format="PNG", pnginfo=info)
         return
     exif = Image.Exif()
     exif[EXIF_DESCRIPTION] = record_text(record) if suffix == ".webp" else _shortened(record)
     if suffix == ".webp":
         chosen = {"lossless": True, "exact": True} if quality is None else {"quality": quality}
-        picture.save(into, format="WEBP", exif=exif, **chosen)
+        image.save(into, format="WEBP", exif=exif, **chosen)
     else:
         chosen = {"quality": 95, "subsampling": 0} if quality is None else {"quality": quality}
-        picture.save(into, format="JPEG", exif=exif, **chosen)
+        image.save(into, format="JPEG", exif=exif, **chosen)
 
 
-def is_transparent(picture: Image.Image) -> bool:
+def is_transparent(image: Image.Image) -> bool:
     """Return whether an image has an alpha channel or a transparent colour."""
-    return "A" in picture.mode or "transparency" in picture.info
+    return "A" in image.mode or "transparency" in image.info
 
 
-def _in_mode_of(picture: Image.Image, suffix: str) -> Image.Image:
+def _in_mode_of(image: Image.Image, suffix: str) -> Image.Image:
     """Return an image in a mode that files of that extension hold. Raises InputError if there is none."""
-    if picture.mode in ("F", "I"):
+    if image.mode in ("F", "I"):
         raise InputError(
-            f"an image of mode {picture.mode} has numbers of no defined brightness; use .safetensors, or convert it"
+            f"an image of mode {image.mode} has numbers of no defined brightness; use .safetensors, or convert it"
         )
-    if picture.mode == "I;16" and suffix != ".png":  # the other formats have 8 bits
-        return _eight_bits(picture)
-    if picture.mode in _MODES[suffix.replace("jpeg", "jpg")]:
-        return picture
-    return picture.convert("RGBA" if is_transparent(picture) else "RGB")
+    if image.mode == "I;16" and suffix != ".png":  # the other formats have 8 bits
+        return _eight_bits(image)
+    if image.mode in _MODES[suffix.replace("jpeg", "jpg")]:
+        return image
+    return image.convert("RGBA" if is_transparent(image) else "RGB")
 
 
-def _eight_bits(picture: Image.Image) -> Image.Image:
+def _eight_bits(image: Image.Image) -> Image.Image:
     import numpy as np
 
-    return Image.fromarray((np.asarray(picture) / 257 + 0.5).astype(np.uint8))
+    return Image.fromarray((np.asarray(image) / 257 + 0.5).astype(np.uint8))
 
 
 def write_video(

@@ -148,7 +148,7 @@ def differences(record: Mapping[str, Any], versions: Mapping[str, str]) -> list[
     ]
 
 
-def other_pictures(record: Mapping[str, Any], sizes: Sequence[tuple[int, int]]) -> list[str]:
+def other_images(record: Mapping[str, Any], sizes: Sequence[tuple[int, int]]) -> list[str]:
     """Return a note if the input images, of these sizes, cannot be those in the record, else []."""
     before, now = (
         [f"{width}x{height}" for width, height in one] for one in (record.get("input_image_sizes", ()), sizes)
@@ -178,9 +178,9 @@ def _text(path: Path) -> str:
     if suffix in (".png", ".jpg", ".jpeg", ".webp"):
         from PIL import Image
 
-        with Image.open(path) as picture:
-            picture.load()  # text may follow the pixels
-            return picture.info["settings"] if suffix == ".png" else picture.getexif()[EXIF_DESCRIPTION]
+        with Image.open(path) as image:
+            image.load()  # text may follow the pixels
+            return image.info["settings"] if suffix == ".png" else image.getexif()[EXIF_DESCRIPTION]
     if suffix == ".safetensors":
         from safetensors import safe_open
 

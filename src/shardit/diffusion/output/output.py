@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shardit.diffusion.output.arrays import by_name, named_arrays, pictures_of_map, pixels_of
+from shardit.diffusion.output.arrays import by_name, images_of_map, named_arrays, pixels_of
 from shardit.diffusion.output.encode import is_transparent, record_text, too_long, write_image, write_video
 from shardit.diffusion.output.sound import MOST_SAMPLES, write_wav
 from shardit.diffusion.output.target import IN_WORDS, SUFFIXES, check_path, numbered, path_of
@@ -66,13 +66,13 @@ class Output:
     def notes(self) -> list[str]:
         """Differences from the request, such as sizes rounded by the pipeline, and warnings of the pipeline, such as a
         truncated prompt."""
-        pictures = self.frames[0] if self.frames else self.pictures()
+        images = self.frames[0] if self.frames else self.pictures()
         warnings = [str(line) for line in self.metrics.get("warnings", ())]
-        if not pictures:
+        if not images:
             return warnings
-        got = {"width": pictures[0].width, "height": pictures[0].height}
+        got = {"width": images[0].width, "height": images[0].height}
         if self.frames:
-            got["num_frames"] = len(pictures)
+            got["num_frames"] = len(images)
         asked = {name: self.settings.get(name) for name in got}
         return [
             f"{name}: asked for {asked[name]}, the pipeline made {got[name]}"
@@ -96,7 +96,7 @@ class Output:
         """`images`, or if there are none the images of a map in `extra` (depth, normals)."""
         if self.images:
             return self.images
-        return next((made for name in MAPS if name in self.extra and (made := pictures_of_map(self.extra[name]))), [])
+        return next((made for name in MAPS if name in self.extra and (made := images_of_map(self.extra[name]))), [])
 
     def save(self, path: str | os.PathLike[str], *, quality: int | None = None, fps: float | None = None) -> list[Path]:
         """Write the content that fits the extension: images (.png, .jpg, .webp), videos with their sound (.mp4),
@@ -161,7 +161,7 @@ class Output:
                 for frames, sound in zip(self.frames or (), sounds, strict=True)
             ]
         if kind == "image":
-            return [_image_writer(picture, record, quality) for picture in self.pictures()]
+            return [_image_writer(image, record, quality) for image in self.pictures()]
         if kind == "audio":
             return [_sound_writer(self._sound(one), record) for one in self.audio]
         if kind == "text":
@@ -188,9 +188,9 @@ class Output:
         """Return the metadata of saved files: enough to make the output again."""
         rate: dict[str, Any] = {"fps": self.fps} if self.frames else {}
         rate |= {"sample_rate": self.sample_rate} if self.audio is not None else {}
-        pictures = self.frames[0] if self.frames else self.pictures()
-        made = {"width": pictures[0].width, "height": pictures[0].height} if pictures else {}
-        made |= {"num_frames": len(pictures)} if self.frames else {}
+        images = self.frames[0] if self.frames else self.pictures()
+        made = {"width": images[0].width, "height": images[0].height} if images else {}
+        made |= {"num_frames": len(images)} if self.frames else {}
         about = {"software": "shardit", "prompt": self.prompt, "seed": self.seed, **({"made": made} if made else {})}
         return {**about, **rate, **self.settings}
 
@@ -217,15 +217,15 @@ def _check_fps(fps: object, target: Path) -> None:
         raise InputError(f"fps is of videos, not of {target.suffix} files; leave it out")
 
 
-def _largest(pictures: Sequence[Image]) -> tuple[int, int]:
-    return max((one.width for one in pictures), default=0), max((one.height for one in pictures), default=0)
+def _largest(images: Sequence[Image]) -> tuple[int, int]:
+    return max((one.width for one in images), default=0), max((one.height for one in images), default=0)
 
 
 Writer = Callable[[Path], None]
 
 
-def _image_writer(picture: Image, record: Mapping[str, Any], quality: int | None) -> Writer:
-    return lambda path: write_image(picture, path, record, quality)
+def _image_writer(image: Image, record: Mapping[str, Any], quality: int | None) -> Writer:
+    return lambda path: write_image(image, path, record, quality)
 
 
 def _video_writer(

@@ -32,7 +32,7 @@ _SMALL = 64
 def advice(request: Request, error: Exception) -> str:
     """Return what to add to the text of a pipeline's error: advice, and shapes of given tensors; "" if there is
     none."""
-    return (_narrow(request, error) or _remedy(request, error)) + _pictures(request, error) + _tensors(request, error)
+    return (_narrow(request, error) or _remedy(request, error)) + _images(request, error) + _tensors(request, error)
 
 
 def _narrow(request: Request, error: Exception) -> str:
@@ -45,10 +45,10 @@ def _narrow(request: Request, error: Exception) -> str:
     return f"; perhaps {request.image_name} is too small or too narrow ({width}x{height}): give another image"
 
 
-def _pictures(request: Request, error: Exception) -> str:
+def _images(request: Request, error: Exception) -> str:
     """Return the arguments for images and videos that were not given, if the error may come of a missing one: it
     concerns nothing, inputs or one of them."""
-    text, names = str(error), request.pictures_left_out
+    text, names = str(error), request.images_left_out
     of_another = any(f"`{name}`" in text for name in request.kwargs)
     nothing = _OF_NOTHING.search(text) and not of_another
     speaks = nothing or any(re.search(rf"\b{name}\b", text) for name in names)

@@ -47,7 +47,7 @@ def checked_value(name: str, value: Any, takes: PipelineSignature) -> Any:
             raise InputError(f"{name} must be a number, got {_short(value)}")
         if wrong := next(filter(None, (number_problem(part) for part in parts if isinstance(part, Real))), None):
             raise InputError(f"{name} must be {wrong}, got {_short(value)}")
-    known = takes.forms.get(name) if name not in takes.pictures else None
+    known = takes.forms.get(name) if name not in takes.images else None
     form = _form(value)
     if form is not None and known and form not in known:
         raise InputError(f"{name} must be {' or '.join(_FORMS[one] for one in known)}, got {_short(value)}")

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from shardit.diffusion.loading.diffusers_source import module_of
 from shardit.diffusion.loading.required_packages import check_packages
 from shardit.diffusion.request.argument_values import check_attention, checked_value
+from shardit.diffusion.request.image_arguments import open_images
 from shardit.diffusion.request.images import open_image
-from shardit.diffusion.request.picture_arguments import open_pictures
 from shardit.diffusion.request.pipeline_signature import PipelineSignature, is_count
 from shardit.diffusion.request.request import Request
 from shardit.diffusion.request.result_limits import ResultLimits, limit_problem
@@ -159,7 +159,7 @@ def _build(
     seed = seed_or_drawn(params.seed)
     if "seed" in takes.names:
         kwargs["seed"] = seed  # it seeds generators of its own
-    kwargs.update(open_pictures(kwargs, takes))
+    kwargs.update(open_images(kwargs, takes))
     prompt = _prompt(values, kwargs, takes)
     _check_required(prompt, images, kwargs, takes)
     given = [*kwargs, *([takes.image_name] if images and takes.image_name else [])]
@@ -178,15 +178,15 @@ def _build(
         sample_rate=takes.sample_rate,
         defaults=_defaults(kwargs, takes),
         made_by=takes.made_by,
-        pictures_left_out=_pictures_left_out(kwargs, images, takes),
+        images_left_out=_images_left_out(kwargs, images, takes),
     )
 
 
-def _pictures_left_out(
+def _images_left_out(
     kwargs: Mapping[str, Any], images: Sequence[ImageSource], takes: PipelineSignature
 ) -> tuple[str, ...]:
     """Return the arguments for images and videos that have not been given."""
-    names = takes.pictures if images or takes.image_name is None else (takes.image_name, *takes.pictures)
+    names = takes.images if images or takes.image_name is None else (takes.image_name, *takes.images)
     return tuple(name for name in names if kwargs.get(name) is None and not takes.needs_adapter(name))
 
 
@@ -195,7 +195,7 @@ def _check_values(kwargs: Mapping[str, Any], takes: PipelineSignature) -> None:
         checks = takes.size_problem, takes.tensor_problem, takes.limit_problem
         if problem := next(filter(None, (check(name, value) for check in checks)), None):
             raise InputError(problem)
-        if name not in takes.pictures and (problem := text_problem(value)):  # paths may have any bytes
+        if name not in takes.images and (problem := text_problem(value)):  # paths may have any bytes
             raise InputError(f"{name} must be {problem}, got {value!r:.200}")
         check_attention(name, value, takes.adapted)
     form, source = kwargs.get("output_type"), module_of(takes.class_name)
@@ -336,7 +336,7 @@ def _check_required(
     if len(images) > 1 and takes.one_image:
         raise InputError(f"{takes.class_name} takes one image, got {len(images)}; give one")
     present = {*kwargs, takes.count_name, takes.image_name if images else "", "prompt" if prompt is not None else ""}
-    shown = [name for name in takes.needed_pictures if name not in takes.required]
+    shown = [name for name in takes.needed_images if name not in takes.required]
     lacks = [n for n in shown if all(kwargs.get(name) is None for name in (n, *_IN_PLACE_OF.get(n, ())))]
     needed = [*takes.required, *lacks]
     present -= set(lacks)  # they may have been given as None

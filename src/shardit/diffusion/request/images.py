@@ -43,19 +43,19 @@ def open_image(source: ImageSource, mode: Mode = "RGB") -> Image.Image:
     """
     with _naming(source):
         read = to_eight_bits(_load_upright(source))
-        picture = to_mode(read, mode)
+        image = to_mode(read, mode)
         # EXIF data and colour profiles are unused, and would be sent to every rank.
-        picture.info = {_NOTE: _ON_WHITE} if mode == "RGB" and _shows_through(read) else {}
-        return picture
+        image.info = {_NOTE: _ON_WHITE} if mode == "RGB" and _shows_through(read) else {}
+        return image
 
 
-def picture_notes(arguments: Mapping[str, Any]) -> list[str]:
+def image_notes(arguments: Mapping[str, Any]) -> list[str]:
     """Return the notes that `open_image` left on images among the arguments of a call."""
     found = {
-        f"{name}: {picture.info[_NOTE]}": None
+        f"{name}: {image.info[_NOTE]}": None
         for name, value in arguments.items()
-        for picture in (value if isinstance(value, (list, tuple)) else [value])
-        if isinstance(picture, Image.Image) and _NOTE in picture.info
+        for image in (value if isinstance(value, (list, tuple)) else [value])
+        if isinstance(image, Image.Image) and _NOTE in image.info
     }
     return list(found)
 
@@ -117,20 +117,20 @@ def _frames_of_animation(source: str | os.PathLike[str] | bytes) -> list[Image.I
     """Return the frames of a GIF or another animated image; None for other files. ffmpeg, which reads videos, leaves
     out frames of some GIFs."""
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
-            if not getattr(picture, "is_animated", False):
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            if not getattr(image, "is_animated", False):
                 return None
-            return [open_image(frame.copy()) for frame in ImageSequence.Iterator(picture)]
+            return [open_image(frame.copy()) for frame in ImageSequence.Iterator(image)]
     except Image.UnidentifiedImageError:
         return None
     except Exception as error:  # as for images
         raise InputError(f"video {_name_of(source)} cannot be read: {reason(error)}; give another file") from error
 
 
-def turned(frame: VideoFrame, picture: Image.Image) -> Image.Image:
+def turned(frame: VideoFrame, image: Image.Image) -> Image.Image:
     """Rotate the image of a frame as players do: phones store their orientation as a rotation."""
     degrees = getattr(frame, "rotation", 0)
-    return picture.rotate(degrees, expand=True) if degrees else picture
+    return image.rotate(degrees, expand=True) if degrees else image
 
 
 def _name_of(source: ImageSource) -> str:
@@ -151,59 +151,59 @@ def _load_upright(source: ImageSource) -> Image.Image:
         raise InputError(f"an image must be a path, bytes or a PIL image, got {type(source).__name__}{rows}")
     if not isinstance(source, bytes):
         check_name("image", source)
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
-        picture.load()
-        return ImageOps.exif_transpose(picture)
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        image.load()
+        return ImageOps.exif_transpose(image)
 
 
-def to_eight_bits(picture: Image.Image) -> Image.Image:
+def to_eight_bits(image: Image.Image) -> Image.Image:
     """Return an image with 16 bits scaled to 8, any other as it is. Raises InputError for floating-point values, and
     for whole numbers of more bits."""
-    if picture.mode == "F":
+    if image.mode == "F":
         raise InputError("an image with floating-point values has no defined brightness; save it with 8 bits")
-    if picture.mode == "I" or picture.mode.startswith("I;16"):
-        wide = picture if picture.mode == "I" else picture.convert("I")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        wide = image if image.mode == "I" else image.convert("I")
         limits: Any = wide.getextrema()
         if limits[0] < 0 or limits[1] > _SIXTEEN_BITS:
             raise InputError("an image with values of 32 bits has no defined brightness; save it with 8 bits")
-        if picture.mode == "I" and limits[1] <= _EIGHT_BITS:  # as diffusers takes them
+        if image.mode == "I" and limits[1] <= _EIGHT_BITS:  # as diffusers takes them
             return wide.convert("L")
         # 65535 must become 255, so the factor is 1/257, not 1/256.
         narrow = wide.point(lambda value: value * (1 / 257) + 0.5).convert("L")
         narrow.info.pop("transparency", None)  # a 16-bit colour key means nothing here any more
         return narrow
-    return picture
+    return image
 
 
-def to_mode(picture: Image.Image, mode: Mode, background: str = "white") -> Image.Image:
+def to_mode(image: Image.Image, mode: Mode, background: str = "white") -> Image.Image:
     """Return an 8-bit image in a mode, as of `open_image`; "RGB" puts it on `background`."""
     if mode == "opaque":
-        return picture.convert("RGBA").convert("RGB")
-    if picture.mode == mode and "transparency" not in picture.info:
-        return picture.copy()
-    transparent = _may_be_transparent(picture)
-    picture = _plain_alpha(picture)
+        return image.convert("RGBA").convert("RGB")
+    if image.mode == mode and "transparency" not in image.info:
+        return image.copy()
+    transparent = _may_be_transparent(image)
+    image = _plain_alpha(image)
     if mode == "RGBA" or not transparent:
-        return picture.convert(mode)
-    picture = picture.convert("RGBA")
-    behind = Image.new("RGBA", picture.size, background)
-    return Image.alpha_composite(behind, picture).convert("RGB")
+        return image.convert(mode)
+    image = image.convert("RGBA")
+    behind = Image.new("RGBA", image.size, background)
+    return Image.alpha_composite(behind, image).convert("RGB")
 
 
-def _may_be_transparent(picture: Image.Image) -> bool:
-    return "transparency" in picture.info or picture.mode in ("RGBA", "RGBa", "LA", "La", "PA")
+def _may_be_transparent(image: Image.Image) -> bool:
+    return "transparency" in image.info or image.mode in ("RGBA", "RGBa", "LA", "La", "PA")
 
 
-def _plain_alpha(picture: Image.Image) -> Image.Image:
+def _plain_alpha(image: Image.Image) -> Image.Image:
     """Return a premultiplied image in its plain form, the only one to which PIL converts it."""
-    return picture.convert(picture.mode.upper()) if picture.mode in ("RGBa", "La") else picture
+    return image.convert(image.mode.upper()) if image.mode in ("RGBa", "La") else image
 
 
-def _shows_through(picture: Image.Image) -> bool:
+def _shows_through(image: Image.Image) -> bool:
     """Return whether an 8-bit image has pixels that are not opaque."""
-    if not _may_be_transparent(picture):
+    if not _may_be_transparent(image):
         return False
-    alpha = _plain_alpha(picture).convert("RGBA").getchannel("A")
+    alpha = _plain_alpha(image).convert("RGBA").getchannel("A")
     return alpha.getextrema()[0] < 255  # pyright: ignore[reportOperatorIssue]
 
 

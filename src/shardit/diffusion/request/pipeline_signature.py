@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from shardit.diffusion.loading.annotations import forms_of, is_list, is_tensor, tuple_length
-from shardit.diffusion.request.returned import MAPS, PICTURES, VIDEO, Kind, declared_fields, kinds_of
+from shardit.diffusion.request.returned import IMAGES, MAPS, VIDEO, Kind, declared_fields, kinds_of
 
 # Set by shardit itself, so not a choice of the user.
 _NOT_CHOICES = (
@@ -58,10 +58,10 @@ class PipelineSignature:
     """Defaults that are plain values (None, bool, number, string)."""
     required: tuple[str, ...] = ()
     """Arguments without a default."""
-    pictures: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
     """Arguments besides `image` that are images or videos, by their names and annotations."""
     listed: tuple[str, ...] = ()
-    """The arguments in `pictures` that are lists of images and nothing else, by their annotations."""
+    """The arguments in `images` that are lists of images and nothing else, by their annotations."""
     tensors: tuple[str, ...] = ()
     """Arguments that are tensors and nothing else, by their annotations."""
     tuples: Mapping[str, int] = field(default_factory=dict)
@@ -100,7 +100,7 @@ class PipelineSignature:
         """Kinds of results that the pipeline can make, the most significant first."""
         if self.outputs:
             # "pt" as its own default means numbers that are not to be viewed (an image prior, HDR).
-            shown = not self._numbers or not {*VIDEO, *PICTURES} & set(self.outputs)
+            shown = not self._numbers or not {*VIDEO, *IMAGES} & set(self.outputs)
             return kinds_of(self.outputs) if shown else ("tensors",)
         return ("video",) if "num_frames" in self.names or "num_videos_per_prompt" in self.names else ("image",)
 
@@ -121,7 +121,7 @@ class PipelineSignature:
     def form(self) -> str | None:
         """The `output_type` for images, if the default would give numbers or latents."""
         default = self.defaults.get("output_type")
-        shows = not self.outputs or {*VIDEO, *PICTURES} & set(self.outputs)
+        shows = not self.outputs or {*VIDEO, *IMAGES} & set(self.outputs)
         return "pil" if "output_type" in self.names and shows and not self._numbers and default != "pil" else default
 
     @property
@@ -198,7 +198,7 @@ class PipelineSignature:
 
     @property
     def image_mode(self) -> Literal["RGB", "RGBA"]:
-        """Colour mode of input pictures: layered pipelines use transparency."""
+        """Colour mode of input images: layered pipelines use transparency."""
         return "RGBA" if "Layered" in self.class_name else "RGB"
 
     @property
@@ -216,9 +216,9 @@ class PipelineSignature:
         return next((name for name in _MASKS if name in self.names), None) if paints else None
 
     @property
-    def needed_pictures(self) -> tuple[str, ...]:
+    def needed_images(self) -> tuple[str, ...]:
         """Images and videos besides `image` without which the pipeline cannot run."""
-        required = tuple(name for name in self.required if name in self.pictures)
+        required = tuple(name for name in self.required if name in self.images)
         video = "video" in self.names and any(word in self.class_name for word in _WORDS_OF_VIDEO_PIPELINES)
         others = (self.mask_name, self._control_name, "video" if video else None)
         return tuple(dict.fromkeys([*required, *(name for name in others if name not in (None, "image"))]))
@@ -287,7 +287,7 @@ def is_mask_of_video(name: str, takes: PipelineSignature) -> bool:
     return name in takes.listed and name.endswith(("mask", "masks"))
 
 
-def _is_picture(item: inspect.Parameter) -> bool:
+def _is_image(item: inspect.Parameter) -> bool:
     found = _PICTURE.search(item.name) is not None or "Image" in str(item.annotation)
     return found and not only_numbers(forms_of(item)) and item.name != "image" and _NO_PICTURE.search(item.name) is None
 
@@ -326,8 +326,8 @@ def signature_from(
         names=tuple(found),
         defaults={item.name: item.default for item in found.values() if isinstance(item.default, simple)},
         required=tuple(item.name for item in found.values() if item.default is item.empty),
-        pictures=tuple(item.name for item in found.values() if _is_picture(item)),
-        listed=tuple(item.name for item in found.values() if _is_picture(item) and is_list(item)),
+        images=tuple(item.name for item in found.values() if _is_image(item)),
+        listed=tuple(item.name for item in found.values() if _is_image(item) and is_list(item)),
         tensors=tuple(item.name for item in found.values() if is_tensor(item)),
         tuples={item.name: size for item in found.values() if (size := tuple_length(item)) is not None},
         text_lists=tuple(item.name for item in found.values() if is_list(item, of="str")),

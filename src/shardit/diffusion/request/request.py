@@ -40,7 +40,7 @@ class Request:
     """Values of the pipeline's arguments that were not chosen."""
     made_by: Mapping[str, Any] = field(default_factory=dict)
     """See `PipelineSignature.made_by`."""
-    pictures_left_out: Sequence[str] = ()
+    images_left_out: Sequence[str] = ()
     """Arguments for images and videos that the pipeline takes and that were not given."""
 
     def call_arguments(self) -> dict[str, Any]:
@@ -60,7 +60,7 @@ class Request:
         values."""
         values = {**self.defaults, **self.kwargs}
         chosen = {name: _as_json(value) for name, value in values.items() if (name, value) != ("output_type", "pil")}
-        sizes = [list(picture.size) for picture in self.images]
+        sizes = [list(image.size) for image in self.images]
         return {
             "pipeline": self.pipeline,
             **self.made_by,

@@ -11,13 +11,13 @@ from typing import Any, Literal
 Kind = Literal["video", "image", "audio", "text", "tensors"]
 
 VIDEO = ("frames", "video", "videos")
-PICTURES = ("images", "image", "rgb")
+IMAGES = ("images", "image", "rgb")
 MAPS = ("prediction",)
 """Numbers by pixel (depth, normals, materials) that can be shown as images."""
 SOUND = ("audio", "audios", "sound", "waveform", "waveforms")
 TEXT = ("text", "texts")
 
-_KINDS: dict[Kind, tuple[str, ...]] = {"video": VIDEO, "image": (*PICTURES, *MAPS), "audio": SOUND, "text": TEXT}
+_KINDS: dict[Kind, tuple[str, ...]] = {"video": VIDEO, "image": (*IMAGES, *MAPS), "audio": SOUND, "text": TEXT}
 
 
 def kinds_of(fields: Iterable[str]) -> tuple[Kind, ...]:

@@ -42,8 +42,8 @@ def _takes(pipe: Any, height: int, width: int) -> bool:
     names = inspect.signature(call).parameters
     if not {"height", "width"} <= names.keys():
         return False
-    picture = Image.new("RGB", (SIDE, SIDE))
-    given = {"prompt": "a", "image": picture, "mask_image": picture, "height": height, "width": width}
+    image = Image.new("RGB", (SIDE, SIDE))
+    given = {"prompt": "a", "image": image, "mask_image": image, "height": height, "width": width}
     log = logging.getLogger("diffusers")
     level = log.level
     log.setLevel(logging.CRITICAL)

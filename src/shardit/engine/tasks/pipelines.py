@@ -22,7 +22,7 @@ from shardit.diffusion.loading.start_options import check_extras
 from shardit.diffusion.loading.variants import image_pipeline
 from shardit.diffusion.output.collect import NOT_NUMBERS, collect, error_text, with_arrays
 from shardit.diffusion.output.output import Output
-from shardit.diffusion.request.images import picture_notes
+from shardit.diffusion.request.images import image_notes
 from shardit.diffusion.request.model_info import ModelInfo
 from shardit.diffusion.request.returned import sample_rate_of
 from shardit.diffusion.run.ineffective import ineffective
@@ -119,7 +119,7 @@ class LoadedPipeline:
         note_nan = numpy.errstate(invalid="call", call=lambda *_: odd.append(NOT_NUMBERS))  # when images are made
         with warnings_of("diffusers", has_turn) as warned, processors_put_back(pipe), note_nan:
             yield functools.partial(pipe, **arguments, **seeded), notes
-        notes += [*warned.lines, *dict.fromkeys(odd), *picture_notes(arguments), *ineffective(arguments, takes, pipe)]
+        notes += [*warned.lines, *dict.fromkeys(odd), *image_notes(arguments), *ineffective(arguments, takes, pipe)]
         if not any("truncated" in line for line in warned.lines):
             notes += dict.fromkeys(cut)
 

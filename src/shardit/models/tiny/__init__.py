@@ -2,7 +2,7 @@
 
 >>> folder = tiny.write("qwen-image", "qwen-folder")
 >>> pipe = tiny.load_plain(folder)
->>> picture = pipe(prompt="a red fox", **tiny.defaults("qwen-image")).images[0]
+>>> image = pipe(prompt="a red fox", **tiny.defaults("qwen-image")).images[0]
 """
 
 from __future__ import annotations

@@ -26,9 +26,9 @@ _RULES: tuple[tuple[str, float, float | str, float], ...] = (
     (r"(embed_tokens|shared|token_embedding|addition_t_embedding)\.weight$", 0.0, 1.0, 1.0),
     (r"position_embedding\.weight$", 0.0, 0.3, 1.0),
     (r"(norm\w*\.linear|norm_out\.linear|_mod\.1|adaLN_modulation\.\d|time_proj)\.weight$", 0.0, "fan", 1.6),
-    # Sharper attention than at 1: far tokens (text, input pictures) must matter, and so must their positions.
+    # Sharper attention than at 1: far tokens (text, input images) must matter, and so must their positions.
     (r"norm_(added_)?[qk]\.weight$", 1.5, 0.1, 1.0),
-    # Autoencoders: a picture must get through many small convolutions, and the result must not be clipped.
+    # Autoencoders: an image must get through many small convolutions, and the result must not be clipped.
     (r"^encoder\.(conv_in|down_blocks\..*resample\.1)\.weight$", 0.0, "fan", 2.0),
     (r"^(encoder\.conv_out|quant_conv)\.weight$", 0.0, "fan", 2.0),
     (r"^encoder\..*bias$", 0.0, 0.02, 1.0),

@@ -90,7 +90,7 @@ function showNotes(job, notes) {
   notes.querySelector("ul").append(...job.notes.map((text) => make("li", { textContent: text })));
 }
 
-// Pictures and videos are fetched when they come into sight.
+// Images and videos are fetched when they come into sight.
 function showMedia(job, media, downloads, urls) {
   const files = filesOf(job);
   media.classList.toggle("several", files.length > 1);

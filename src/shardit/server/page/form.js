@@ -10,7 +10,7 @@ const image = form.elements.image;
 const EITHER = [["seconds", "num_frames"]];
 // Names of the server's errors that are other than those of the fields.
 const CONCERNS = { size: "width", input_reference: "image", num_outputs_per_prompt: "n" };
-// Pictures sent from here by the job that they belong to: the server does not give them back.
+// Images sent from here by the job that they belong to: the server does not give them back.
 const sent = new Map();
 
 let model = null; // the last answer of /v1/server
@@ -58,7 +58,7 @@ export async function send() {
   if (!check()) return null;
   const values = typed();
   const files = shown("image") ? [...image.files] : [];
-  const { path, options } = (WAYS[model.kind] ?? picture)(values, files);
+  const { path, options } = (WAYS[model.kind] ?? imageRequest)(values, files);
   try {
     const job = await json(path, { method: "POST", signal: undefined, ...options });
     if (files.length > 0) sent.set(job.id, files);
@@ -80,7 +80,7 @@ function other(values, files) {
 
 const WAYS = { video, generation: other };
 
-function picture(values, files) {
+function imageRequest(values, files) {
   const headers = { Prefer: "respond-async" };
   if (files.length > 0) {
     return { path: "v1/images/edits", options: { headers, body: multipart(values, "image[]", files) } };
@@ -118,7 +118,7 @@ function written(values) {
 
 // What the browser itself can tell, in its own words.
 function check() {
-  form.elements.prompt.required = image.files.length === 0; // a picture alone may say enough
+  form.elements.prompt.required = image.files.length === 0; // an image alone may say enough
   for (const name of fields.keys()) {
     const element = input(name);
     if (shown(name) && !element.checkValidity()) {

@@ -2,7 +2,7 @@
 
 export const isOpen = (job) => job.status === "queued" || job.status === "in_progress";
 
-/** The results of a finished job: {path, name, video, other}; `other` is what is no picture: "audio" or "file". */
+/** The results of a finished job: {path, name, video, other}; `other` is what is no image: "audio" or "file". */
 export function filesOf(job) {
   if (job.object === "generation") {
     return job.data.map(({ name }, index) => ({

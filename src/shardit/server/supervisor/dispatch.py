@@ -161,7 +161,7 @@ class Dispatcher:
         self.metrics.no_caches()
         alone = self.in_flight == 1
         for running in self.running.values():
-            # Fewer texts at a time do not help as with pictures: the one that is too large has to be found.
+            # Fewer texts at a time do not help as with images: the one that is too large has to be found.
             died = not why.memory or (running.used_up_memory and isinstance(running.request, PromptGroup))
             self.ends.again_or_never(running.job, why.text, died=died and not running.ahead, alone=alone)
         self.running.clear()

@@ -26,9 +26,9 @@ def write_results(output: Output, folder: Path, look: Mapping[str, Any]) -> tupl
     written = output.save(target, quality=look.get("output_compression"))
     notes = [*output.notes, *lost, *(f"not in the file: {name}" for name in output.left_out(target))]
     details: dict[str, Any] = {"seconds": output.seconds, "notes": notes}
-    pictures = output.frames[0] if output.frames else output.pictures()
-    if pictures:
-        details.update(width=pictures[0].width, height=pictures[0].height)
+    images = output.frames[0] if output.frames else output.pictures()
+    if images:
+        details.update(width=images[0].width, height=images[0].height)
     if output.audio is not None:
         details["sample_rate"] = output.sample_rate
     if output.frames:

@@ -23,8 +23,8 @@ def size_of(request: Request | PromptGroup) -> Size:
     names = ("height", "width", "num_frames", "resolution", "layers")
     sides = [request.kwargs.get(name) for name in names]
     # Without a size of its own the result takes that of the image.
-    pictures = len(request.images) if sides[0] and sides[1] else tuple(picture.size for picture in request.images)
-    return (request.pipeline, *sides, request.num_outputs, pictures)
+    images = len(request.images) if sides[0] and sides[1] else tuple(image.size for image in request.images)
+    return (request.pipeline, *sides, request.num_outputs, images)
 
 
 def in_flight(running: Mapping[int, RunningJob], replica: int) -> list[RunningJob]:

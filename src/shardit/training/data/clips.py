@@ -67,8 +67,8 @@ class Clip:
         made: list[Image.Image] = []
         with _opened(self.path) as (container, stream):
             for frame, times in _at_rate(container.decode(stream), _rate(stream), reading.fps):
-                picture = _upright(frame, reading.background)
-                made += [fit(picture, width, height, _pixel_aspect(stream, frame))] * min(times, frames - len(made))
+                image = _upright(frame, reading.background)
+                made += [fit(image, width, height, _pixel_aspect(stream, frame))] * min(times, frames - len(made))
                 if len(made) == frames:
                     return array(made)
             raise InputError(f"{len(made)} frames can be decoded, of {frames} that it lists")
@@ -133,10 +133,10 @@ def _rate(stream: VideoStream) -> float:
 
 def _upright(frame: VideoFrame, background: str) -> Image.Image:
     if any(component.is_alpha for component in frame.format.components):
-        picture = to_mode(Image.fromarray(frame.to_ndarray(format="rgba")), "RGB", background)
+        image = to_mode(Image.fromarray(frame.to_ndarray(format="rgba")), "RGB", background)
     else:
-        picture = frame.to_image()
-    return turned(frame, picture)
+        image = frame.to_image()
+    return turned(frame, image)
 
 
 def _colour_notes(stream: VideoStream) -> tuple[str, ...]:

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardit.errors import InputError, listed
-from shardit.training.data import clips, pictures
+from shardit.training.data import clips, images
 from shardit.training.data.clips import Clip
+from shardit.training.data.images import ImageFile
 from shardit.training.data.media import Media, shown
-from shardit.training.data.pictures import Picture
 
-ENDINGS = (*pictures.ENDINGS, *clips.ENDINGS)
+ENDINGS = (*images.ENDINGS, *clips.ENDINGS)
 """Endings of the files that are read, in small letters."""
 
 
@@ -54,8 +54,8 @@ def found(items: Iterable[Item], notes: Sequence[str] = ()) -> FoundItems:
 def media_of(path: Path) -> Media | None:
     """Return what a file shows, by its ending; None for other files."""
     ending = path.suffix.lower()
-    if ending in pictures.ENDINGS:
-        return Picture(path)
+    if ending in images.ENDINGS:
+        return ImageFile(path)
     return Clip(path) if ending in clips.ENDINGS else None
 
 

@@ -84,22 +84,22 @@ class Media(Protocol):
         ...
 
 
-def fit(picture: Image.Image, width: int, height: int, pixel_aspect: float = 1.0) -> Image.Image:
+def fit(image: Image.Image, width: int, height: int, pixel_aspect: float = 1.0) -> Image.Image:
     """Cut the middle with the proportions of the size asked for out of an RGB image, and resize that.
 
     pixel_aspect: width of the image's pixels over their height.
     """
-    wide, high = picture.size
+    wide, high = image.size
     wanted = width / height / pixel_aspect
     cut_wide, cut_high = min(wide, high * wanted), min(high, wide / wanted)
     left, top = (wide - cut_wide) / 2, (high - cut_high) / 2
     box = (left, top, left + cut_wide, top + cut_high)
-    return picture.resize((width, height), Image.Resampling.LANCZOS, box=box)
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
 
 
-def array(pictures: Sequence[Image.Image]) -> NDArray[np.uint8]:
+def array(images: Sequence[Image.Image]) -> NDArray[np.uint8]:
     """Return RGB images of one size as one array."""
-    return np.stack([np.asarray(picture) for picture in pictures])
+    return np.stack([np.asarray(image) for image in images])
 
 
 def shown(path: str | os.PathLike[str]) -> str:

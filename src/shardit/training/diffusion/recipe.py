@@ -134,11 +134,11 @@ def _sampler(settings: TrainSettings, parts: Parts, data: Sized, mesh: Mesh, ran
     if not settings.sample_prompts:
         return None
     arguments = {**parts.own, **dict(parts.family.shown), **data.shown()}
-    pictures = data.first_frames(len(settings.sample_prompts)) if parts.family.first_frame else []
+    images = data.first_frames(len(settings.sample_prompts)) if parts.family.first_frame else []
     prompts = []
     for number, text in enumerate(settings.sample_prompts):
-        picture: dict[str, Image.Image] = {"image": pictures[number]} if pictures else {}
-        given = {**arguments, **picture}
+        image: dict[str, Image.Image] = {"image": images[number]} if images else {}
+        given = {**arguments, **image}
         live = settings.train_text_encoder
         prompts.append(Prompt(text, given) if live else encode(parts.encoding, text, given))
     if not parts.family.casts and parts.dtype != parts.encoding.vae.dtype:

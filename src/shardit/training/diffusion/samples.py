@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 from shardit.core.comm.group import GroupCoordinator
 from shardit.diffusion.output.encode import write_image, write_video
-from shardit.diffusion.request.returned import PICTURES, VIDEO
+from shardit.diffusion.request.returned import IMAGES, VIDEO
 from shardit.errors import InputError, first_line
 from shardit.training.diffusion.files import on_first
 
@@ -112,7 +112,7 @@ class Sampler:
             if frames is not None:
                 write_video(frames[0], target, self.fps or FPS, record)
             else:
-                write_image(next(made[name] for name in PICTURES if name in made)[0], target, record)
+                write_image(next(made[name] for name in IMAGES if name in made)[0], target, record)
 
         on_first(self.ranks, target, write)
         return target

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from shardit.errors import InputError
-from shardit.models.tiny.recipes import picture, qwen, shapes, wan
+from shardit.models.tiny.recipes import image, qwen, shapes, wan
 from shardit.models.tiny.recipes.recipe import Recipe
 
-RECIPES: dict[str, Recipe] = {**picture.RECIPES, **qwen.RECIPES, **wan.RECIPES, "shapes": shapes.RECIPE}
+RECIPES: dict[str, Recipe] = {**image.RECIPES, **qwen.RECIPES, **wan.RECIPES, "shapes": shapes.RECIPE}
 
 
 def recipe(name: str) -> Recipe:

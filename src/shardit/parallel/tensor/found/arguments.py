@@ -36,8 +36,8 @@ def candidates(
         return torch.randn(shape, generator=generator, **KIND)
 
     others = [name for name in needed if name not in family.second_inputs]
-    pictures = ((1, width, 4, 4), (1, 2, 2, 2, width))
-    for shape in pictures if convolved else ((1, TOKENS, width), (2, width)):
+    images = ((1, width, 4, 4), (1, 2, 2, 2, width))
+    for shape in images if convolved else ((1, TOKENS, width), (2, width)):
         for table, other in ((None, draw(1, width)), (draw(TOKENS, 2), draw(1, width)), (None, None)):
             given = {name: table if any(part in name for part in family.rotary_inputs) else other for name in others}
             if second:

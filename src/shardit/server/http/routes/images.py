@@ -37,7 +37,7 @@ def image_routes(context: Context) -> APIRouter:
     )
     async def generate_images(request: Request) -> Response:
         """Make images and wait for them; with the header `Prefer: respond-async`, get a job instead."""
-        return await _make(request, context, context.fields.image, needs_picture=False)
+        return await _make(request, context, context.fields.image, needs_image=False)
 
     @router.post(
         "/edits",
@@ -47,7 +47,7 @@ def image_routes(context: Context) -> APIRouter:
     )
     async def edit_images(request: Request) -> Response:
         """Make images from images: uploads in `image` or `image[]`."""
-        return await _make(request, context, context.fields.edit, needs_picture=True)
+        return await _make(request, context, context.fields.edit, needs_image=True)
 
     others: Any = {200: {"content": {"image/jpeg": {"schema": FILE}, "image/webp": {"schema": FILE}}}}
 
@@ -60,9 +60,9 @@ def image_routes(context: Context) -> APIRouter:
     return router
 
 
-async def _make(request: Request, context: Context, model: type[BaseModel], *, needs_picture: bool) -> Response:
+async def _make(request: Request, context: Context, model: type[BaseModel], *, needs_image: bool) -> Response:
     later = "respond-async" in re.split(r"[\s,;]+", ",".join(request.headers.getlist("prefer")).lower())
-    accepted = await submit_job(request, context, "image", model, waits=not later, needs_picture=needs_picture)
+    accepted = await submit_job(request, context, "image", model, waits=not later, needs_image=needs_image)
     job = accepted.job
     request.scope["state"]["job"] = job.id
     if later:

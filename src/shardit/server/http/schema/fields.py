@@ -60,8 +60,8 @@ LOOK = ("output_format", "output_compression")
 ROUTING = ("model", "response_format", "priority", *LOOK, *NO_MEANING)
 """Fields that do not affect the result itself."""
 
-PICTURES: tuple[str, ...] = ("image", "input_reference")
-"""Fields for pictures: uploads in multipart requests, data: URLs in JSON."""
+IMAGES: tuple[str, ...] = ("image", "input_reference")
+"""Fields for images: uploads in multipart requests, data: URLs in JSON."""
 
 
 class ImageUrl(BaseModel):
@@ -86,7 +86,7 @@ def field_models(limits: RequestLimits) -> FieldModels:
     shared = {**_diffusers_fields(limits), **_openai_fields(limits)}
     shared |= {name: optional(kind, "Accepted, without effect.") for name, kind in NO_MEANING.items()}
     source: Any = str | ImageUrl
-    pictures = optional(source | list[source], "Input images as data: URLs.")
+    images = optional(source | list[source], "Input images as data: URLs.")
     formats = optional(Literal["b64_json", "url", "auto"], "b64_json (default), or url: an address on this server.")
     encoded = {
         "output_format": optional(Literal["png", "jpeg", "webp", "auto"], "Format of the files; png by default."),
@@ -96,16 +96,16 @@ def field_models(limits: RequestLimits) -> FieldModels:
         "output_format": optional(Literal["mp4", "auto"], "Videos are MP4 files."),
         "output_compression": optional(Literal["auto"], "Accepted, without effect."),
     }
-    image = {**shared, **encoded, "response_format": formats, "image": pictures}
+    image = {**shared, **encoded, "response_format": formats, "image": images}
     length: Any = Annotated[str, Field(pattern=r"^([0-9]{1,9}(\.[0-9]{1,9})?|auto)$")]
     seconds = optional(length | float, "Length: num_frames = round(seconds x fps) + 1.")
     return FieldModels(
         image=model_of("ImageRequest", image),
         edit=model_of("ImageEditRequest", image),
         video=model_of(
-            "VideoRequest", {**shared, **as_mp4, "seconds": seconds, "image": pictures, "input_reference": pictures}
+            "VideoRequest", {**shared, **as_mp4, "seconds": seconds, "image": images, "input_reference": images}
         ),
-        generation=model_of("GenerationRequest", {**shared, "image": pictures}),
+        generation=model_of("GenerationRequest", {**shared, "image": images}),
     )
 
 
@@ -197,7 +197,7 @@ _SHAPES = {
     },
     "size": 'must be WIDTHxHEIGHT in pixels, as in "1280x704", or "auto"',
     "seconds": 'must be a number above 0, as in "4"',
-    **dict.fromkeys(PICTURES, 'must be an upload, a data: URL, {"image_url": ...} with one, or a list of these'),
+    **dict.fromkeys(IMAGES, 'must be an upload, a data: URL, {"image_url": ...} with one, or a list of these'),
 }
 """Readable forms of types that pydantic can only describe as a pattern or a union."""
 

@@ -16,7 +16,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException
 
 from shardit.server.http.schema.errors import ApiError
-from shardit.server.http.schema.fields import NO_MEANING, PICTURES
+from shardit.server.http.schema.fields import IMAGES, NO_MEANING
 from shardit.server.http.submit.forms import WholeForm
 from shardit.server.options import RequestLimits
 
@@ -181,8 +181,8 @@ async def _from_form(form: FormData) -> Body:
             plain = name.removesuffix("[]")
             if plain in NO_MEANING:
                 raise ApiError(400, f"{plain} has no meaning here; leave it out", code="unsupported_value", param=plain)
-            if plain not in PICTURES:
-                files = ", ".join(PICTURES)
+            if plain not in IMAGES:
+                files = ", ".join(IMAGES)
                 text = f"{name!r} is no file field; files are: {files}; texts and numbers are sent as plain fields"
                 raise ApiError(400, text, code="unknown_field", param=plain)
             body.uploads.setdefault(plain, []).append(await value.read())
@@ -211,7 +211,7 @@ def _put(values: dict[str, Any], name: str, text: str) -> None:
 
 
 def _value(name: str, text: str) -> Any:
-    if _TEXTS.fullmatch(name) and (text or name not in PICTURES):
+    if _TEXTS.fullmatch(name) and (text or name not in IMAGES):
         return text
     if not text:
         return None  # form libraries send null as empty text

@@ -60,8 +60,8 @@ def _format_of(data: bytes) -> str | None:
 def _size(data: bytes, kind: str) -> tuple[int, int]:
     if kind == "WEBP":  # PIL would reserve memory for the whole image when it opens one
         return _webp_size(data)
-    with Image.open(io.BytesIO(data), formats=[kind]) as picture:  # reads the header only
-        return picture.size
+    with Image.open(io.BytesIO(data), formats=[kind]) as image:  # reads the header only
+        return image.size
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:

@@ -8,17 +8,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from shardit.server.http.schema.errors import ApiError
-from shardit.server.http.schema.fields import PICTURES
+from shardit.server.http.schema.fields import IMAGES
 from shardit.server.http.submit.body import Body
 from shardit.server.http.submit.fetch import fetch
 from shardit.server.options import ServeOptions
 
 
-def input_pictures(values: Mapping[str, Any], body: Body, options: ServeOptions) -> list[tuple[str, bytes]]:
+def input_images(values: Mapping[str, Any], body: Body, options: ServeOptions) -> list[tuple[str, bytes]]:
     """Return all input images, each with the name of its field, in order. Blocks while it fetches. Raises
     ApiError."""
     found: list[tuple[str, bytes]] = []
-    for name in PICTURES:
+    for name in IMAGES:
         found += [(name, data) for data in body.uploads.get(name, ())]
         given = values.get(name)
         for source in given if isinstance(given, list) else [] if given is None else [given]:

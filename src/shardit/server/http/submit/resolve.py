@@ -17,7 +17,7 @@ from shardit.errors import InputError
 from shardit.models import tiny
 from shardit.params import FRAME_RATE, field_names
 from shardit.server.http.schema.errors import ApiError, from_input_error
-from shardit.server.http.schema.fields import LOOK, PICTURES, ROUTING
+from shardit.server.http.schema.fields import IMAGES, LOOK, ROUTING
 from shardit.server.options import RequestLimits, ServeOptions
 
 # Arguments of pipelines that are tensors, images or functions, which no JSON value can be, and files of this machine.
@@ -37,7 +37,7 @@ def pipeline_names(info: ModelInfo | None) -> list[str]:
 def _is_sendable(name: str, takes: PipelineSignature) -> bool:
     # A text for an image would be a path on this machine. A number is none, whatever its name (image_guidance_scale).
     number = only_numbers(takes.forms.get(name, ())) or isinstance(takes.defaults.get(name), (int, float))
-    return (number or not _NOT_SENDABLE.search(name)) and name not in (*takes.pictures, *takes.tensors)
+    return (number or not _NOT_SENDABLE.search(name)) and name not in (*takes.images, *takes.tensors)
 
 
 def check_model(values: Mapping[str, Any], options: ServeOptions) -> None:
@@ -71,7 +71,7 @@ def look_of(values: Mapping[str, Any]) -> dict[str, Any]:
 def arguments(values: Mapping[str, Any], takes: PipelineSignature, options: ServeOptions) -> dict[str, Any]:
     """Return the prompt and parameters under the names of `Omni.generate`, without images and seed. Raises
     ApiError."""
-    given = {name: value for name, value in values.items() if name not in ROUTING and name not in (*PICTURES, "seed")}
+    given = {name: value for name, value in values.items() if name not in ROUTING and name not in (*IMAGES, "seed")}
     if given.get("prompt") == "" and "prompt" not in takes.names:
         del given["prompt"]  # it is a field of all models, and empty if a pipeline takes none
     given = _without_nulls(given, takes)

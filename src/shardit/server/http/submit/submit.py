@@ -24,12 +24,12 @@ from shardit.errors import InputError
 from shardit.params import seed_or_drawn
 from shardit.server import estimate
 from shardit.server.http.schema.errors import ApiError, busy, from_input_error
-from shardit.server.http.schema.fields import PICTURES, check_fields
+from shardit.server.http.schema.fields import IMAGES, check_fields
 from shardit.server.http.schema.jobs import length
 from shardit.server.http.state.context import Context
 from shardit.server.http.submit.body import Body, read_body
 from shardit.server.http.submit.image_checks import check_header, check_whole
-from shardit.server.http.submit.input_images import input_pictures
+from shardit.server.http.submit.input_images import input_images
 from shardit.server.http.submit.resolve import arguments, check_look, check_model, look_of, pipeline_names
 from shardit.server.jobs.admission import Conflict, QueueFull
 from shardit.server.jobs.job import Job, Kind, NewJob
@@ -60,10 +60,10 @@ async def submit_job(
     model: type[BaseModel],
     *,
     waits: bool,
-    needs_picture: bool = False,
+    needs_image: bool = False,
     one: bool = False,
 ) -> Accepted:
-    """Read, check and store a request. needs_picture: it must have an input image. one: its answer is one file.
+    """Read, check and store a request. needs_image: it must have an input image. one: its answer is one file.
     Raises ApiError."""
     check_open(context)
     if context.options.of_language:
@@ -82,16 +82,16 @@ async def submit_job(
     if one and values.get("n", 1) > 1:
         text = "n must be 1 if the answer is one file; for several make a job, without /sync"
         raise ApiError(400, text, code="invalid_value", param="n")
-    field, takes = _picture_field(values, body, info, needs_picture)
+    field, takes = _image_field(values, body, info, needs_image)
     asked = arguments(values, takes, context.options)
     check_look(values, takes)
-    pictures = {} if field is None else await _pictures(field, values, body, takes, context)
+    images = {} if field is None else await _images(field, values, body, takes, context)
     # A client that sends a key can ask again for the result, so its job continues without the connection.
     waits = waits and key is None
 
     def store() -> Job:
         whose = owner(request)
-        new, work = _new_job(asked, values, pictures, takes, info, context, kind, waits=waits, key=key, owner=whose)
+        new, work = _new_job(asked, values, images, takes, info, context, kind, waits=waits, key=key, owner=whose)
         job, is_new = store_job(context, new, work)
         if is_new:
             context.live_state.wake()
@@ -135,12 +135,12 @@ def _check_kind(takes: PipelineSignature, kind: Kind) -> None:
         raise ApiError(400, f"this server makes {what}; use {right}", code="wrong_kind", param="model")
 
 
-def _picture_field(
+def _image_field(
     values: Mapping[str, Any], body: Body, info: ModelInfo, needed: bool
 ) -> tuple[str | None, PipelineSignature]:
     """Return the field with input images, if any, and the pipeline that will run then."""
     plain, takes = info.signature, info.signature_with_image or info.signature
-    given = next((name for name in PICTURES if body.uploads.get(name) or values.get(name) not in (None, [])), None)
+    given = next((name for name in IMAGES if body.uploads.get(name) or values.get(name) not in (None, [])), None)
     if given is None and plain.needs_image:
         where = "image (POST /v1/images/edits)" if plain.kind == "image" else "input_reference"
         text, name = f"{plain.class_name} needs an image; give one in {where}", where.split()[0]
@@ -156,13 +156,13 @@ def _picture_field(
     return given, plain if given is None else takes
 
 
-async def _pictures(
+async def _images(
     field: str, values: Mapping[str, Any], body: Body, takes: PipelineSignature, context: Context
 ) -> dict[str, bytes]:
     """Return the checked input images by file name."""
     limits = context.options.limits
     async with context.fetching if context.options.fetch_hosts else nullcontext():
-        found = await run_in_threadpool(input_pictures, values, body, context.options)
+        found = await run_in_threadpool(input_images, values, body, context.options)
     if len(found) > 1 and takes.one_image:
         text = f"{field}: {takes.class_name} takes one image, there are {len(found)}; give one"
         raise ApiError(400, text, code="too_many_images", param=field)
@@ -176,7 +176,7 @@ async def _pictures(
 def _new_job(
     request: dict[str, Any],
     values: Mapping[str, Any],
-    pictures: dict[str, bytes],
+    images: dict[str, bytes],
     takes: PipelineSignature,
     info: ModelInfo,
     context: Context,
@@ -187,7 +187,7 @@ def _new_job(
     owner: str | None,
 ) -> tuple[NewJob, estimate.Work]:
     seed = seed_or_drawn(values.get("seed"))
-    stand_ins = [Image.new("RGB", (8, 8)) for _ in pictures]  # the real ones were decoded once, which is enough
+    stand_ins = [Image.new("RGB", (8, 8)) for _ in images]  # the real ones were decoded once, which is enough
     try:
         built = build_request(request, seed, stand_ins, info)
         work = estimate.work_of(request, takes)
@@ -198,13 +198,13 @@ def _new_job(
         request=request,
         seed=seed,
         cost=estimate.seconds(work, context.store.recall(estimate.SPEED)),
-        inputs=pictures,
+        inputs=images,
         view={**_view(request, takes, built.fps), **look_of(values)},
         owner=owner,
         priority=values.get("priority", 0),
         waits=waits,
         idempotency_key=key,
-        fingerprint=_fingerprint(kind, values, pictures),
+        fingerprint=_fingerprint(kind, values, images),
     )
     return new, work
 
@@ -221,8 +221,8 @@ def _view(request: Mapping[str, Any], takes: PipelineSignature, fps: float) -> d
     return shown
 
 
-def _fingerprint(kind: Kind, values: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
-    digests = [hashlib.sha256(data).hexdigest() for data in pictures.values()]
+def _fingerprint(kind: Kind, values: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
+    digests = [hashlib.sha256(data).hexdigest() for data in images.values()]
     asked = {name: value for name, value in values.items() if name not in ("image", "input_reference")}
     text = json.dumps([kind, asked, digests], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -15,18 +15,18 @@ from PIL import Image
 from shardit.diffusion.request.images import Mode
 from shardit.errors import InputError, first_line
 from shardit.loading.missing import check_installed
+from shardit.training.data.images import extent_of, plain
 from shardit.training.data.items import FoundItems, Item, found
 from shardit.training.data.media import Extent, Reading, array, fit
-from shardit.training.data.pictures import extent_of, plain
 from shardit.training.data.sources.captions import caption
 from shardit.training.data.sources.rows import TEXTS
 
-PICTURES = "image"
+IMAGES = "image"
 """The column of images."""
 
 
 @dataclass(frozen=True, eq=False)
-class RowPicture:
+class RowImage:
     """The image of a row."""
 
     table: Any
@@ -35,7 +35,7 @@ class RowPicture:
 
     def extent(self, reading: Reading) -> Extent:
         """As `Media.extent`."""
-        return extent_of(self._picture())
+        return extent_of(self._image())
 
     def read(self, reading: Reading, width: int, height: int, frames: int) -> NDArray[np.uint8]:
         """As `Media.read`."""
@@ -43,21 +43,21 @@ class RowPicture:
 
     def digest(self) -> str:
         """As `Media.digest`. Palette, orientation and transparency count, so it is that of the upright colours."""
-        picture = self._plain(mode="RGBA")
-        return hashlib.blake2b(f"{picture.size} ".encode() + picture.tobytes(), digest_size=16).hexdigest()
+        image = self._plain(mode="RGBA")
+        return hashlib.blake2b(f"{image.size} ".encode() + image.tobytes(), digest_size=16).hexdigest()
 
     def _plain(self, background: str = "white", mode: Mode = "RGB") -> Image.Image:
-        picture = self._picture()
+        image = self._image()
         with self._named():
-            return plain(picture, background, mode)
+            return plain(image, background, mode)
 
-    def _picture(self) -> Image.Image:
+    def _image(self) -> Image.Image:
         with self._named():
-            picture = self.table[self.number][PICTURES]
-        if not isinstance(picture, Image.Image):
-            given = "no image" if picture is None else f"a {type(picture).__name__}, not an image,"
-            raise InputError(f"row {self.number} of the data has {given} in the column {PICTURES}; take it out")
-        return picture
+            image = self.table[self.number][IMAGES]
+        if not isinstance(image, Image.Image):
+            given = "no image" if image is None else f"a {type(image).__name__}, not an image,"
+            raise InputError(f"row {self.number} of the data has {given} in the column {IMAGES}; take it out")
+        return image
 
     @contextmanager
     def _named(self) -> Iterator[None]:
@@ -79,10 +79,10 @@ def hub_items(name: str) -> FoundItems:
     except Exception as error:  # of the network, the hub, the data's format
         raise InputError(f"data hf:{name} cannot be loaded: {first_line(error)}") from error
     texts = [column for column in TEXTS if column in table.column_names]
-    if PICTURES not in table.column_names or len(texts) != 1:
+    if IMAGES not in table.column_names or len(texts) != 1:
         there = ", ".join(table.column_names)
-        raise InputError(f"data hf:{name} needs a column {PICTURES} and one of {' or '.join(TEXTS)}, has {there}")
+        raise InputError(f"data hf:{name} needs a column {IMAGES} and one of {' or '.join(TEXTS)}, has {there}")
     if not len(table[texts[0]]):
         raise InputError(f"data hf:{name} has no rows")
     captions = [caption(text or "") for text in table[texts[0]]]
-    return found(Item(f"{number:09}", RowPicture(table, number), text) for number, text in enumerate(captions))
+    return found(Item(f"{number:09}", RowImage(table, number), text) for number, text in enumerate(captions))

@@ -111,8 +111,8 @@ def sd3(model: Any, x: Inputs) -> torch.Tensor:
 
 def z_image(model: Any, x: Inputs) -> torch.Tensor:
     """Z-Image: lists of latents and prompts; time runs from noise, and the prediction points from it."""
-    pictures = list(x.noised.unsqueeze(2).unbind(0))
-    made = model(pictures, (1000 - x.times) / 1000, list(x.text["embeds"]), return_dict=False)[0]
+    images = list(x.noised.unsqueeze(2).unbind(0))
+    made = model(images, (1000 - x.times) / 1000, list(x.text["embeds"]), return_dict=False)[0]
     return -torch.stack(list(made)).squeeze(2)
 
 

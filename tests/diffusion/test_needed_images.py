@@ -47,9 +47,9 @@ NEEDED = {
 
 
 @pytest.mark.parametrize("name", NEEDED)
-def test_needed_pictures_of_diffusers(name: str) -> None:
+def test_needed_images_of_diffusers(name: str) -> None:
     takes = signature_of(getattr(diffusers, name))
-    assert {*takes.needed_pictures, *(["image"] if takes.needs_image else [])} == NEEDED[name]
+    assert {*takes.needed_images, *(["image"] if takes.needs_image else [])} == NEEDED[name]
     others = NEEDED[name] - {"image"}
     assert bool(unservable(takes)) is bool(others)
     if not NEEDED[name]:
@@ -72,7 +72,7 @@ class WorldPipeline:
 def test_errors_for_a_missing_picture_name_what_was_not_given() -> None:
     takes = signature_of(WorldPipeline)
     (request,) = build_requests("a", None, takes=takes)
-    assert request.pictures_left_out == ("image", "video")
+    assert request.images_left_out == ("image", "video")
     for error in (
         AttributeError("'NoneType' object has no attribute 'shape'"),
         TypeError("object of type 'NoneType' has no len()"),
@@ -81,7 +81,7 @@ def test_errors_for_a_missing_picture_name_what_was_not_given() -> None:
         assert advice(request, error).startswith("; not given: image, video: the pipeline may need an image")
     assert advice(request, ValueError("the scheduler has no sigmas")) == ""
     (request,) = build_requests({"prompt": "a", "video": [PICTURE]}, None, takes=takes, pil_image=PICTURE)
-    assert request.pictures_left_out == ()
+    assert request.images_left_out == ()
     assert advice(request, TypeError("None")) == ""
 
 

@@ -15,13 +15,13 @@ OPAQUE = ("mask", "control")
 """Words in the names of arguments whose images are drawn in white on nothing."""
 
 
-def open_pictures(given: Mapping[str, Any], takes: PipelineSignature) -> dict[str, Any]:
+def open_images(given: Mapping[str, Any], takes: PipelineSignature) -> dict[str, Any]:
     """Return the given image arguments, with paths and bytes in them read: as images, or as lists of frames. If a
     pipeline wants a list, one image becomes a list of one, and a mask is repeated for all frames.
 
     Frames of a video become RGB; other images, tensors and similar values are not changed. Raises InputError.
     """
-    found = {name: _opened(name, given[name], takes) for name in takes.pictures if name in given}
+    found = {name: _opened(name, given[name], takes) for name in takes.images if name in given}
     videos = [value for name, value in found.items() if is_video(name) and isinstance(value, list)]
     for name, value in found.items():
         one = isinstance(value, list) and len(value) == 1 and not isinstance(given[name], (list, tuple))
@@ -50,7 +50,7 @@ def _opened(name: str, value: Any, takes: PipelineSignature) -> Any:
         mode = "opaque" if any(word in name for word in OPAQUE) else "RGB"
         if isinstance(value, (list, tuple)):
             return [open_image(entry, mode) if _has_to_be_opened(name, entry) else entry for entry in value]
-        picture = open_image(value, mode) if is_file(value) else value
-        return [picture] if name in takes.listed and isinstance(picture, Image) else picture
+        image = open_image(value, mode) if is_file(value) else value
+        return [image] if name in takes.listed and isinstance(image, Image) else image
     except InputError as error:
         raise InputError(f"{name}: {error}") from error

@@ -17,8 +17,8 @@ from PIL import Image
 from shardit.errors import InputError
 from shardit.training.data.buckets import Format
 from shardit.training.data.dataset import Dataset, open_dataset
+from shardit.training.data.images import ImageFile
 from shardit.training.data.media import Reading, fit
-from shardit.training.data.pictures import Picture
 from shardit.training.settings import TrainSettings
 from tests.training.data.files import PICTURES, picture
 
@@ -56,7 +56,7 @@ def test_orientation(tmp_path: Path, orientation: int, ending: str) -> None:
     Image.fromarray(CORNERS).save(tmp_path / f"a.{ending}", exif=exif(orientation), **lossless)
     expected = TURNED[orientation]
     height, width = expected.shape[:2]
-    read = Picture(tmp_path / f"a.{ending}").read(Reading(), width, height, 1)
+    read = ImageFile(tmp_path / f"a.{ending}").read(Reading(), width, height, 1)
     assert np.array_equal(read[0], expected)
 
 
@@ -179,7 +179,7 @@ def test_transparent_colours_at_each_depth(
     tmp_path: Path, depth: int, kind: int, row: bytes, key: bytes, shown: int
 ) -> None:
     path = png(tmp_path / "a.png", depth, kind, row, key)
-    read = Picture(path).read(Reading(background="#0000ff"), 2, 1, 1)
+    read = ImageFile(path).read(Reading(background="#0000ff"), 2, 1, 1)
     assert read[0, 0].tolist() == [[shown] * 3, [0, 0, 255]]
 
 

@@ -51,7 +51,7 @@ _SIDEWAYS = (5, 6, 7, 8)
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImageFile:
     """An image in a file."""
 
     path: Path
@@ -59,66 +59,66 @@ class Picture:
 
     def extent(self, reading: Reading) -> Extent:
         """As `Media.extent`."""
-        with _opened(self.path) as picture:
-            return extent_of(picture)
+        with _opened(self.path) as image:
+            return extent_of(image)
 
     def read(self, reading: Reading, width: int, height: int, frames: int) -> NDArray[np.uint8]:
         """As `Media.read`."""
-        with _opened(self.path) as picture:
-            return array([fit(plain(picture, reading.background), width, height)] * frames)
+        with _opened(self.path) as image:
+            return array([fit(plain(image, reading.background), width, height)] * frames)
 
     def digest(self) -> str:
         """As `Media.digest`."""
         return file_digest(self.path)
 
 
-def extent_of(picture: Image.Image) -> Extent:
+def extent_of(image: Image.Image) -> Extent:
     """Return how large an opened image is."""
-    turn, notes = orientation(picture)
-    width, height = picture.size[::-1] if turn in _SIDEWAYS else picture.size
-    if picture.format in _ANIMATED and getattr(picture, "n_frames", 1) > 1:
+    turn, notes = orientation(image)
+    width, height = image.size[::-1] if turn in _SIDEWAYS else image.size
+    if image.format in _ANIMATED and getattr(image, "n_frames", 1) > 1:
         notes = (*notes, "is animated: its first frame is used")
     return Extent(width, height, 1, notes)
 
 
-def plain(picture: Image.Image, background: str, mode: Mode = "RGB") -> Image.Image:
+def plain(image: Image.Image, background: str, mode: Mode = "RGB") -> Image.Image:
     """Return an image upright, with 8 bits: RGB on the background, or RGBA."""
-    turn, _ = orientation(picture)
-    method, narrow = _TURNS[turn], _eight_bits(picture)
+    turn, _ = orientation(image)
+    method, narrow = _TURNS[turn], _eight_bits(image)
     return to_mode(narrow if method is None else narrow.transpose(method), mode, background)
 
 
-def _eight_bits(picture: Image.Image) -> Image.Image:
+def _eight_bits(image: Image.Image) -> Image.Image:
     """Return an image with 8 bits, also if a grey of 16 bits is declared as transparent."""
-    key = picture.info.get("transparency")
-    narrow = to_eight_bits(picture)
-    if isinstance(key, int) and picture.mode.startswith("I"):
-        shown = np.asarray(picture) != key
+    key = image.info.get("transparency")
+    narrow = to_eight_bits(image)
+    if isinstance(key, int) and image.mode.startswith("I"):
+        shown = np.asarray(image) != key
         narrow.putalpha(Image.fromarray(shown.astype(np.uint8) * 255))
     return narrow
 
 
-def _mend_transparency(picture: Image.Image) -> None:
+def _mend_transparency(image: Image.Image) -> None:
     """Bring the colour that an opened file declares as transparent to 8 bits: PIL does so with its pixels alone, and
     then none has that colour."""
-    key = picture.info.get("transparency")
-    if key is None or picture.format != "PNG":
+    key = image.info.get("transparency")
+    if key is None or image.format != "PNG":
         return
-    scale = next((_SCALES[tile[3]] for tile in getattr(picture, "tile", ()) if tile[3] in _SCALES), None)
+    scale = next((_SCALES[tile[3]] for tile in getattr(image, "tile", ()) if tile[3] in _SCALES), None)
     if scale is not None:
-        picture.info["transparency"] = tuple(map(scale, key)) if isinstance(key, tuple) else scale(key)
+        image.info["transparency"] = tuple(map(scale, key)) if isinstance(key, tuple) else scale(key)
 
 
-def orientation(picture: Image.Image) -> tuple[int, tuple[str, ...]]:
+def orientation(image: Image.Image) -> tuple[int, tuple[str, ...]]:
     """Return the EXIF orientation of an image, from 1 to 8, and notes on EXIF data without one."""
     with warnings.catch_warnings():  # PIL warns of parts that it cannot read
         warnings.simplefilter("ignore")
         try:
-            tags = dict(picture.getexif())
+            tags = dict(image.getexif())
         except Exception:  # nearly anything, on damaged data
             tags = {}
     found = tags.get(_ORIENTATION, 1)
-    if not tags and _lists_tags(picture.info.get("exif") or b""):
+    if not tags and _lists_tags(image.info.get("exif") or b""):
         return 1, ("has EXIF data that cannot be read: it is taken as upright",)
     if found not in _TURNS:
         return 1, (f"has the EXIF orientation {found!r:.20}, which is none of 1 to 8: it is taken as upright",)
@@ -144,9 +144,9 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             raise InputError("the file is empty")
         with warnings.catch_warnings():  # of large sizes and broken EXIF data; what PIL refuses is an error
             warnings.simplefilter("ignore")
-            with Image.open(path) as picture:
-                _mend_transparency(picture)
-                yield picture
+            with Image.open(path) as image:
+                _mend_transparency(image)
+                yield image
     # PIL's decoders raise nearly anything on damaged data: SyntaxError, struct.error, EOFError, ValueError, ...
     except Exception as error:
         raise unreadable("image", path, error) from error

@@ -13,9 +13,13 @@ import torch
 
 from shardit import DiffusionParallelConfig
 from shardit.diffusion.sharding.layout import PipelineLayout, lay_out
+from shardit.engine.llm import TASK
 from shardit.engine.process.messages import SessionSpec
 from shardit.engine.session import Session, check
+from shardit.engine.tasks import language
 from shardit.engine.tasks.task import task_of
+from shardit.language.loading.source import DecoderSource, local_decoder
+from shardit.language.options import LanguageOptions
 from shardit.models import tiny
 from tests.support.ranks import run_ranks
 
@@ -38,6 +42,21 @@ def loaded(rank: int, count: int, method: str) -> list[str]:
 def test_a_rank_loads_into_what_is_built() -> None:
     tiny.resolve("tiny/flux")
     assert run_ranks(2, loaded) == [["torch.bfloat16"], ["torch.bfloat16"]]
+
+
+def decoder_loaded(rank: int, count: int, method: str) -> list[int]:
+    spec = dataclasses.replace(SPEC, model="tiny/llama", dtype=None, language=LanguageOptions(), task=TASK)
+    check(spec)
+    refused = mock.patch.object(DecoderSource, "tokenizer", side_effect=AssertionError("read again"))
+    with mock.patch.object(language, "prepared_for", side_effect=AssertionError("built again")), refused:
+        session = Session(spec, rank=rank, world_size=count, init_method=method)
+    return session.model.tokenizer("a fox")["input_ids"]
+
+
+def test_a_rank_of_a_language_model_has_what_is_built_and_the_tokenizer() -> None:
+    source = local_decoder("tiny/llama")
+    assert source is not None
+    assert run_ranks(2, decoder_loaded) == [source.tokenizer()("a fox")["input_ids"]] * 2
 
 
 class LaidOut(Exception):

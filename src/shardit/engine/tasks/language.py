@@ -34,8 +34,8 @@ CHUNK = {True: 64, False: 512}
 """Tokens of one prefill on CPUs, and on accelerators: with fewer, reading the weights takes most of the time."""
 
 _checked: list[tuple[SessionSpec, PreparedDecoder]] = []
-"""The argument of the last `check`, and the model that it has built on meta. A rank that the fork server forks gets a
-copy of it, which loading uses up."""
+"""The argument of the last `check`, and the model that it has built on meta, with its tokenizer. A rank that the fork
+server forks gets a copy of it, which loading uses up."""
 
 
 def prepared_for(spec: SessionSpec) -> PreparedDecoder:
@@ -49,7 +49,7 @@ def check(spec: SessionSpec) -> None:
         pick_device(spec.device, spec.config.world_size - 1, spec.config.transport == "host")
     prepared = prepared_for(spec)
     lay_out_decoder(prepared.module, spec.config, spec.language.max_model_len)
-    prepared.source.tokenizer()
+    _ = prepared.tokenizer  # ranks get a copy of it, too
     _checked[:] = [(spec, prepared)]
 
 
@@ -69,7 +69,7 @@ class LoadedDecoder:
         reads = Reads()
         layout = lay_out_decoder(prepared.module, spec.config, spec.language.max_model_len)
         self.model: Any = prepared.load(layout, mesh.coords, mesh.device, reads)
-        self.tokenizer: Any = prepared.source.tokenizer()
+        self.tokenizer: Any = prepared.tokenizer
         self.runtime = Runtime.of(mesh, spec.max_in_flight, split_batch=False) if len(mesh.replica.ranks) > 1 else None
         if self.runtime is not None:
             shard_decoder(self.model, self.runtime, layout, spec.config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,6 +97,11 @@ class PreparedDecoder:
             untie(self.module, self._checkpoint)
         self._adapters = [open_adapter(lora) for lora in loras]
         check_adapters(self.module, self._adapters)
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the model. Raises InputError if transformers cannot read it."""
+        return self.source.tokenizer()
 
     def owned(self, layout: DecoderLayout, coords: Mapping[str, int]) -> Owned:
         """Return the weights that the rank at `coords` of the mesh needs: its slices of the weights of its stage's

@@ -9,6 +9,8 @@ step, above what it had without a model.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -118,10 +120,11 @@ def accumulating(model: nn.Module, loss: Any, batches: list[Any]) -> Callable[[]
     return step
 
 
-def step_of(kind: str, task: str, rank: int, size: Size) -> Callable[[], Any] | None:
-    """Return a step of a kind on this rank; None if the rank has nothing to do."""
+def step_of(kind: str, task: str, rank: int, size: Size, made: nn.Module | None = None) -> Callable[[], Any] | None:
+    """Return a step of a kind on this rank; None if the rank has nothing to do. made: the model, in place of another
+    one."""
     make, data, loss = TASKS[task]
-    model, batches = make(size), data(size)
+    model, batches = made or make(size), data(size)
     if kind in (ONE, COPIES):
         return accumulating(model, loss, batches) if rank == 0 or kind == COPIES else None
     if kind == TORCH:
@@ -160,15 +163,27 @@ def memory(rank: int, ranks: int, method: str, size: Size, task: str, kind: str)
     """Return the most bytes that this rank held in a step, above what it had before it made the model."""
     _join(rank, ranks, method)
     make, data, loss = TASKS[task]
-    loss(make(size), data(size)[0]).backward()  # what libraries load at their first call
+    loss(make(SMALL), data(SMALL)[0]).backward()  # what libraries load at their first call
+    _return_freed_memory()
     before = _resident("VmRSS")
-    step = step_of(kind, task, rank, size)
+    model = make(size)
+    step = step_of(kind, task, rank, size, model)
     if step is None:
         return 0
     step()  # the watched one, with the whole model
+    for parameter in model.parameters():
+        parameter.grad = None
+    del model
+    _return_freed_memory()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     step()
     return _resident("VmHWM") - before
+
+
+def _return_freed_memory() -> None:
+    """Give freed memory back to the kernel, so that it does not count as held. Ranks make malloc keep it."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resident(field: str) -> int:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
+from torch import nn
 
 from shardit import training
 from tests.training.models import Task, accumulate, task, worst
@@ -25,9 +27,12 @@ def gradients(rank: int, size: int, method: str, name: str, count: int = 4, **op
     return one_step(task(name), count, {"pipeline_parallel_size": size, **options})
 
 
-def one_step(chosen: Task, count: int, options: dict[str, Any]) -> dict[str, Any]:
-    """Compare one step with one rank."""
+def one_step(
+    chosen: Task, count: int, options: dict[str, Any], change: Callable[[nn.Module], object] = lambda _: None
+) -> dict[str, Any]:
+    """Compare one step with one rank. change: of the model that is trained over stages."""
     plain, model = chosen.build(), chosen.build()
+    change(model)
     expected = accumulate(plain, chosen.loss, [chosen.batch(number, False) for number in range(count)])
     batches = [chosen.batch(number, False) for number in range(count)]
     staged = training.stages(model, chosen.loss, plan=chosen.plan, timeout_s=30, **options)

@@ -36,14 +36,16 @@ class TrainingRecipe:
     resumes from the number of its step, any rank can tell what any replica is given, and a loss draws the same
     numbers wherever it runs.
 
-    A kind of model makes one: `recipe(settings, mesh)` in `training/diffusion/recipe.py` and
-    `training/language/recipe.py`, with a `TrainSettings` and a `Mesh`. All ranks call it together, after the global
-    generators have been seeded alike. It raises InputError on all ranks, or on those that see the mistake.
+    A kind of model makes one: `recipe(settings, mesh, config)` in `training/diffusion/recipe.py` and
+    `training/language/recipe.py`, with a `TrainSettings`, a `Mesh` and a `DiffusionParallelConfig`. All ranks call it
+    together, after the global generators have been seeded alike. It raises InputError on all ranks, or on those that
+    see the mistake.
     """
 
     models: Mapping[str, nn.Module]
-    """The trained modules by the name of their component, whole, on every rank; adapters are in place and all that is
-    not trained is frozen."""
+    """The trained modules by the name of their component; adapters are in place and all that is not trained is frozen.
+    A rank has at least the weights outside of blocks, and each block is on some rank of a pipeline; the others are on
+    meta."""
     loss: Callable[[nn.Module, Any], Tensor]
     """loss(model, MicroBatch.data): a tensor with one number, the mean over the micro-batch's weight."""
     micro_batches: Callable[[int, int, int], list[MicroBatch]]

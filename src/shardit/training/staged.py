@@ -65,7 +65,7 @@ def stages(
     own = ("model", "loss", "config", "schedule", "example", "plan", "timeout_s")
     config = config_of(config, parallel, "stages", own)
     check_degrees(config, schedule)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     mesh = init_mesh(config, device=device, timeout_s=timeout_s)
     made = Stages(model, loss, config, mesh, schedule, plan)
     if example is not None:
@@ -242,13 +242,21 @@ def _blocks_of(model: nn.Module, plan: Plan | None, stages: int) -> list[tuple[s
 
 
 def _compare_weights(model: nn.Module, mesh: Mesh) -> None:
-    """Raise InputError if ranks start from different weights."""
+    """Raise InputError if ranks start from different weights, as far as two of them have the same ones."""
     if mesh.world_size == 1:
         return
-    mine = digests({**dict(model.named_parameters()), **dict(model.named_buffers())})
-    for group in (mesh.pipeline, mesh.axes.get("dp")):
-        of_ranks = group.gather_objects(mine) if group is not None else [mine]
-        names = [name for one in of_ranks for name in {**one, **mine} if one.get(name) != mine.get(name)]
-        if any(group.gather_objects(bool(names))) if group is not None else names:
-            name = names[0] if names else "a parameter"
-            raise InputError(f"ranks have different weights ({name}): seed alike, or load the same file, on every rank")
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    absent = {name: None for name, tensor in tensors.items() if tensor.is_meta}
+    mine = {**digests({name: one for name, one in tensors.items() if name not in absent}), **absent}
+    groups = [group for group in (mesh.pipeline, mesh.axes.get("dp")) if group is not None]
+    of_ranks = [one for group in groups for one in group.gather_objects(mine)]
+    found = [name for one in of_ranks for name in {**one, **mine} if _differ(one.get(name, b""), mine.get(name, b""))]
+    for group in groups:  # other stages of two replicas may have the weights that differ
+        found = [name for names in group.gather_objects(found[:1]) for name in names]
+    if found:
+        raise InputError(f"ranks have different weights ({found[0]}): seed alike, or load the same file, on every rank")
+
+
+def _differ(one: bytes | None, other: bytes | None) -> bool:
+    """Return whether two digests differ; None: a rank has no data to compare."""
+    return one is not None and other is not None and one != other

@@ -10,7 +10,7 @@ import torch
 
 from shardit.errors import UnsupportedError
 from shardit.models import tiny
-from shardit.training.diffusion.components import load_encoding
+from shardit.training.diffusion.components import prepare_parts
 from shardit.training.diffusion.families.latents import NORMALISED, check_vae, encoded
 from shardit.training.diffusion.families.table import FAMILIES
 from tests.training.diffusion.folders import FIRST_FRAME, NAMES, alone, model_of, recipe_of, settings_of
@@ -71,7 +71,7 @@ def test_prompts_of_several_lengths_in_a_batch(name: str, tmp_path: Path) -> Non
 
 def test_every_family_of_the_table_is_tested(tmp_path: Path) -> None:
     tested = {
-        load_encoding(settings_of(name, tmp_path), torch.device("cpu"), alone().replica).family.pipeline
+        prepare_parts(settings_of(name, tmp_path), torch.device("cpu"), alone().replica).family.pipeline
         for name in NAMES
     }
     assert {one.pipeline for one in FAMILIES} == tested

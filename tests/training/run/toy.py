@@ -161,6 +161,6 @@ def save(stages: Mapping[str, Any], folder: Path) -> None:
         one.save_pretrained(folder / name)
 
 
-def recipe(settings: TrainSettings, mesh: Mesh) -> TrainingRecipe:
+def recipe(settings: TrainSettings, mesh: Mesh, config: Any = None) -> TrainingRecipe:
     """The recipe, as modules of kinds of models have it."""
     return Toy(settings, mesh).recipe()

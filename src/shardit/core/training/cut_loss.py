@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +19,7 @@ from shardit.core.runtime.randomness import generators_kept, torch_states
 from shardit.core.training.check import check_course
 from shardit.core.training.course import Course
 from shardit.core.training.dry import DryLoss
+from shardit.core.training.first_gradients import WholeGradients, compare_gradients, whole_gradients
 from shardit.core.training.gradients.deferred import Deferred
 from shardit.core.training.gradients.holdings import Holdings
 from shardit.core.training.known_courses import KnownCourses
@@ -26,13 +28,16 @@ from shardit.core.training.micro_batch import tree_of
 from shardit.core.training.plain_calls import PlainCalls
 from shardit.core.training.schedules import DEFERRING, Schedules, check_owners, owner_of_chunk
 from shardit.core.training.segment import LossRun, StepData
+from shardit.core.training.supply import supply_blocks
 from shardit.core.training.watch import WatchedLoss
 from shardit.errors import UnsupportedError
+
+log = logging.getLogger("shardit")
 
 
 @dataclass
 class CutLoss:
-    """A loss over the stages of one pipeline. All methods are collective over them, but `holdings`.
+    """A loss over the stages of one pipeline. The constructor and all methods are collective over them, but `holdings`.
 
     place: gives the chunk of each block for an order of the blocks. known: the schedules so far. settled: the order of
     the blocks may not change any more. dropped: each stage has its own blocks alone.
@@ -50,6 +55,7 @@ class CutLoss:
     known: KnownCourses = field(default_factory=KnownCourses)
     run: LossRun = field(init=False)
     _held: Holdings | None = None
+    _whole: WholeGradients | None = None
     _checked: set[Any] = field(default_factory=set)
     _deferred: Deferred = field(default_factory=Deferred)
 
@@ -57,6 +63,7 @@ class CutLoss:
         plain, device = PlainCalls(self.cut, self.comm), self.comm.group.device
         self.run = LossRun(self.cut, self.loss, device, self.comm.rank, plain)
         self._place(range(len(self.cut.blocks)))
+        plain.whole = not supply_blocks(self.cut, self.comm)
 
     @property
     def holdings(self) -> Holdings:
@@ -109,6 +116,7 @@ class CutLoss:
             course, deciding = self._watch(batch, seed, call)
             same = (one for one in self.known.schedules.values() if one.course.digest() == course.digest())
             found = next(same, None) or Schedules(self.run, course, self.comm.group, self.kind, self._deferred)
+            self._compare_gradients(found, batch, seed)
         self.known.learn(key, call.leaves, deciding, found)
         return found
 
@@ -137,7 +145,11 @@ class CutLoss:
             with self.run.plain.recorded(lambda: bool(watched.trace.sites)) as plain:
                 loss = watched.watch_loss(lambda: self.run.fresh(batch, seed), call)
         self.run.updates |= watched.updates
+        whole = self._whole_gradients(watched, batch, seed)
         self._settle(watched)
+        if whole is not None:
+            whole.keep(self.holdings.own)
+        self._whole = whole
         course = self._course(watched, watched.trace.number(loss), len(plain))
         if len(set(self.comm.group.gather_objects(course.digest()))) > 1:
             raise UnsupportedError("ranks found different cuts: the loss does not do the same on every rank")
@@ -148,6 +160,22 @@ class CutLoss:
                 check_course(self.run, course, self.comm, StepData([batch], [1.0], [seed], {0: plain}), loss.detach())
             self._checked.add(kind)
         return course, watched.trace.deciding
+
+    def _whole_gradients(self, watched: WatchedLoss, batch: Any, seed: int) -> WholeGradients | None:
+        """Return the gradients of the whole model, while this rank has it."""
+        if self.dropped:
+            return None
+        if not self.run.plain.whole:
+            log.info("the first gradients are not compared with those of the whole model, which no rank has")
+            return None
+        return whole_gradients(self.run, self.comm, batch, seed, watched)
+
+    def _compare_gradients(self, schedules: Schedules, batch: Any, seed: int) -> None:
+        """Compare the gradients of the stages with those of the whole model, if there are any."""
+        whole, self._whole = self._whole, None
+        if whole is not None:
+            plain = {0: self._plain_results(batch, seed)} if schedules.course.plain_calls else {}
+            compare_gradients(schedules, StepData([batch], [1.0], [seed], plain), self.comm, self.holdings, whole)
 
     def _settle(self, watched: WatchedLoss) -> None:
         """After the first watched loss: place blocks in the order in which they ran, release those of other stages."""
@@ -175,6 +203,7 @@ class CutLoss:
             )
         self._held = self._held if self.settled and not outside else None
         self.settled = self.dropped = True
+        supply_blocks(self.cut, self.comm)
         _ = self.holdings
         drop_blocks(self.cut.model, self.cut.blocks, self.cut.owners, self.comm.rank, self.hints)
         self.run.plain.whole = False

@@ -43,7 +43,7 @@ class WatchedLoss(TracedCall):
 
     looks: layouts of the tensors among arguments and outputs of blocks. outside: names of parameters of blocks that
     code outside the block reads. drawing: blocks that drew random numbers on this rank. updates: code outside of blocks
-    updates buffers.
+    updates buffers. autocast: a block was called under it.
     """
 
     def __init__(self, cut: CutModel, comm: Comm):
@@ -52,7 +52,7 @@ class WatchedLoss(TracedCall):
         self.looks: dict[Address, Look] = {}
         self.outside: list[str] = []
         self.drawing: list[int] = []
-        self.updates = False
+        self.updates = self.autocast = False
         self._states: list[Any] = []
         self._buffers: Copies = {}
 
@@ -87,6 +87,7 @@ class WatchedLoss(TracedCall):
                 "gradient checkpointing set use_reentrant=False"
             )
         site = len(self.trace.sites)
+        self.autocast |= torch.is_autocast_enabled(self.comm.group.device.type)
         with self.watch.paused():
             self._buffers = self._buffers or copies_of(self.cut.model, modules_of_blocks(self.cut))
             self._refuse_draws_between(index)

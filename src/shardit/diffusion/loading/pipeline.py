@@ -171,28 +171,31 @@ def load_pipeline(
 
     reads: counts the bytes of weights read. Raises InputError and UnsupportedError, one line each.
     """
-    cls, modules, options = prepared.cls, prepared.modules, prepared.options
-    unknown = sorted(set(owned) - set(modules))
+    cls, options = prepared.cls, prepared.options
+    unknown = sorted(set(owned) - set(prepared.modules))
     if unknown:
-        raise InputError(f"{cls.__name__} has no module {unknown[0]!r}: it has {', '.join(modules)}")
-    loaded: dict[str, Any] = {}
-    for name, module in modules.items():
-        mine, kind = owned.get(name, _everything), dtype_of(prepared.dtype, name)
-        loaded[name] = _load(module, prepared.checkpoints[name], mine, kind, device, reads)
+        raise InputError(f"{cls.__name__} has no module {unknown[0]!r}: it has {', '.join(prepared.modules)}")
+    loaded: dict[str, Any] = {
+        name: load_component(prepared, name, owned.get(name, _everything), device=device, reads=reads)
+        for name in prepared.modules
+    }
     pipe = _construct(cls, prepared.source, {**loaded, **_processors(prepared.parts)})
     if wants_scheduler(options):
         pipe.register_modules(scheduler=changed_scheduler(getattr(pipe, "scheduler", None), options, cls))
     return pipe
 
 
-def _load(
-    module: nn.Module,
-    checkpoint: Checkpoint,
+def load_component(
+    prepared: Prepared,
+    name: str,
     owned: Owned,
-    dtype: torch.dtype | None,
-    device: torch.device | str,
-    reads: Reads | None,
+    *,
+    device: torch.device | str = "cpu",
+    reads: Reads | None = None,
 ) -> nn.Module:
+    """Load the owned weights of one module, mostly into the module on meta, and return it. Arguments and errors are
+    those of `load_pipeline`."""
+    module, checkpoint, dtype = prepared.modules[name], prepared.checkpoints[name], dtype_of(prepared.dtype, name)
     if isinstance(checkpoint, OriginalText):
         return checkpoint.load(module, owned, dtype=dtype, device=device)
     if isinstance(checkpoint, Original):

@@ -121,13 +121,14 @@ class PreparedDecoder:
         reads: Reads | None = None,
     ) -> nn.Module:
         """Load the weights that the rank at `coords` of the mesh needs, and return the model."""
-        return self._load(self.owned(layout, coords), device, reads)
+        return self.load_owned(self.owned(layout, coords), device, reads)
 
     def load_whole(self, device: torch.device | str, reads: Reads | None = None) -> nn.Module:
         """Load all weights, and return the model."""
-        return self._load(lambda _: True, device, reads)
+        return self.load_owned(lambda _: True, device, reads)
 
-    def _load(self, owned: Owned, device: torch.device | str, reads: Reads | None) -> nn.Module:
+    def load_owned(self, owned: Owned, device: torch.device | str, reads: Reads | None = None) -> nn.Module:
+        """Load the weights for which `owned(name)` is true or a slice, and return the model."""
         shapes = shapes_of(self.module)
         if self._file is not None:
             model = self._file.load(self.module, owned, device=device, reads=reads)

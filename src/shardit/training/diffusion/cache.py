@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from shardit.core.comm.group import GroupCoordinator
-from shardit.errors import InputError, first_line
+from shardit.errors import InputError, RankError, first_line
 from shardit.settings.environment import PROGRESS, switch
 from shardit.training.data.media import file_digest
 
@@ -43,6 +43,15 @@ class Entry:
     def origin(self) -> str:
         """Inputs of the entry, as JSON."""
         return json.dumps({"format": FORMAT, "kind": self.kind, **self.made_of}, sort_keys=True, default=str)
+
+
+@dataclass(frozen=True)
+class Team:
+    """Ranks that make each entry together, of which the first one writes it. number: of this team, of `count`."""
+
+    group: GroupCoordinator
+    number: int
+    count: int
 
 
 class SampleCache:
@@ -95,26 +104,60 @@ class SampleCache:
         return list({entry.key: entry for entry in entries if not self.has(entry)}.values())
 
     def fill(
-        self, entries: Sequence[Entry], make: Callable[[Entry], Mapping[str, torch.Tensor]], ranks: GroupCoordinator
+        self,
+        entries: Sequence[Entry],
+        make: Callable[[Entry], Mapping[str, torch.Tensor]],
+        ranks: GroupCoordinator,
+        team: Team | None = None,
+        begin: Callable[[], None] = lambda: None,
     ) -> None:
-        """Make what is missing. Each rank makes a share, and then what is still missing on its own disk. Collective;
-        raises InputError on all ranks if one entry cannot be made."""
-        wanted = ranks.broadcast_object(sorted(one.key for one in self.missing(entries)))
-        known = {entry.key: entry for entry in entries}
-        self._make([known[key] for key in wanted[ranks.rank_in_group :: ranks.world_size]], make, ranks)
-        self._make(self.missing([known[key] for key in wanted]), make, ranks)
+        """Make what is missing on any rank. Each team makes a share, and then what is still missing on its own disks.
 
-    def _make(self, entries: list[Entry], make: Any, ranks: GroupCoordinator) -> None:
+        team: of this rank; without one each rank makes entries alone. begin: loads what makes entries; called if any is
+        missing. Collective; raises InputError on all ranks if one entry cannot be made.
+        """
+        of_ranks = ranks.gather_objects([one.key for one in self.missing(entries)])
+        wanted, known = sorted(set().union(*of_ranks)), {one.key: one for one in entries}
+        if not wanted:
+            return
+        begin()
+        number, count = (ranks.rank_in_group, ranks.world_size) if team is None else (team.number, team.count)
+        leads = team is None or team.group.is_first_rank
+        mine = [known[key] for key in wanted[number::count]]
+        self._make(mine, make, ranks, team, {one.key for one in mine if leads})
+        left = {one.key for one in self.missing([known[key] for key in wanted])}
+        together = left if team is None else set().union(*team.group.gather_objects(left))
+        self._make([known[key] for key in sorted(together)], make, ranks, team, left)
+
+    def _make(
+        self, entries: list[Entry], make: Any, ranks: GroupCoordinator, team: Team | None, own: Collection[str]
+    ) -> None:
+        """Make entries; write those that are `own`, by their keys."""
         problem = None
         for entry in _shown(entries, ranks.rank_in_group == 0):
-            try:
-                self.write(entry, make(entry))
-            except Exception as error:
-                problem = str(error) if isinstance(error, InputError) else _told(entry, error)
+            problem = self._one(entry, make, entry.key in own)
+            if team is not None:
+                problem = _first(team.group.gather_objects(problem))
+            if problem is not None:
                 break
-        found = next((one for one in ranks.gather_objects(problem) if one), None)
-        if found:
+        if found := _first(ranks.gather_objects(problem)):
             raise InputError(found)
+
+    def _one(self, entry: Entry, make: Any, writes: bool) -> str | None:
+        """Make one entry; return what is wrong."""
+        try:
+            made = make(entry)
+            if writes:
+                self.write(entry, made)
+        except RankError:
+            raise
+        except Exception as error:
+            return str(error) if isinstance(error, InputError) else _told(entry, error)
+        return None
+
+
+def _first(problems: Sequence[str | None]) -> str | None:
+    return next((one for one in problems if one), None)
 
 
 def _shown(entries: list[Entry], leads: bool) -> Iterator[Entry]:

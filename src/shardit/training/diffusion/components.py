@@ -1,10 +1,9 @@
-"""Loading of a pipeline for training: first what encodes, later what is trained."""
+"""Loading of a pipeline for training: first its configuration, for what encodes, later what is trained."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from shardit.models import tiny
 from shardit.training.diffusion.cache import digest_of_files
 from shardit.training.diffusion.families.latents import check_vae
 from shardit.training.diffusion.families.table import TrainingFamily, check_model, family_of
+from shardit.training.own_share import Share
 from shardit.training.settings import TrainSettings
 
 _TINY = "tiny/"
@@ -29,13 +29,12 @@ _TINY = "tiny/"
 class Parts:
     """A pipeline for training.
 
-    encoding: the pipeline with its encoders and VAE; its trained modules are on meta. dtype: of the trained weights.
-    own: default arguments of a tiny model. digests: of the folders of the other
-    components.
+    encoding: the pipeline that encodes; its modules are on meta until they are loaded from `prepared`. dtype: of the
+    trained weights. own: default arguments of a tiny model. digests: of the folders of the other components.
     """
 
     family: TrainingFamily
-    folder: Path
+    prepared: Prepared
     encoding: Any
     trained: tuple[str, ...]
     dtype: torch.dtype
@@ -49,31 +48,34 @@ class Parts:
         return None if share is None else share * self.encoding.scheduler.config.num_train_timesteps
 
 
-def load_encoding(settings: TrainSettings, device: torch.device, ranks: GroupCoordinator) -> Parts:
-    """Load all but the trained modules. Collective; raises InputError and UnsupportedError."""
+def prepare_parts(settings: TrainSettings, device: torch.device, ranks: GroupCoordinator) -> Parts:
+    """Build a pipeline without weights. Collective; raises InputError and UnsupportedError."""
     found = prepare(settings.model)
     family = family_of(found.cls)
     trained = tuple(name for name, module in found.modules.items() if denoises(name, module))
     dtype = _dtype(settings, found, trained)
     locate(settings.model)  # with its weights: their contents decide the names of cached entries
     prepared = prepare(settings.model, dtype={"default": str(dtype).removeprefix("torch."), "vae": "float32"})
-    pipe = load_pipeline(prepared, dict.fromkeys(trained, _nothing), device=device)
+    pipe = load_pipeline(prepared, dict.fromkeys(prepared.modules, _nothing), device=device)
     check_model(family, pipe)
     check_vae(pipe.vae)
     own = tiny.filled_in(settings.model.removeprefix(_TINY), ()) if settings.model.startswith(_TINY) else {}
     others = {name: part.folder for name, part in prepared.parts.items() if name not in trained}
     digests = {name: digest_of_files(folder) for name, folder in others.items()} if ranks.is_first_rank else None
-    parts = Parts(family, prepared.source.folder, pipe, trained, dtype, own, ranks.broadcast_object(digests))
+    parts = Parts(family, prepared, pipe, trained, dtype, own, ranks.broadcast_object(digests))
     if len(trained) == 2 and parts.boundary is None:
         raise UnsupportedError(f"{found.cls.__name__} has {' and '.join(trained)} but no boundary_ratio")
     return parts
 
 
-def load_trained(settings: TrainSettings, parts: Parts, device: torch.device) -> Any:
-    """Load the pipeline with its trained modules and nothing else that has weights."""
+def load_trained(settings: TrainSettings, parts: Parts, device: torch.device, share: Share) -> Any:
+    """Load the pipeline with this rank's share of its trained modules and nothing else that has weights."""
     prepared = prepare(settings.model, dtype=str(parts.dtype).removeprefix("torch."))
     others = {name: _nothing for name in prepared.modules if name not in parts.trained}
-    pipe = load_pipeline(prepared, others, device=device)
+    for name in parts.trained:
+        prepared.modules[name].requires_grad_(settings.full)  # what is trained decides where blocks are placed
+    shares = {name: share(prepared.modules[name]) for name in parts.trained}
+    pipe = load_pipeline(prepared, {**others, **shares}, device=device)
     pipe.register_modules(**dict.fromkeys(others))
     pipe.set_progress_bar_config(disable=True)
     for name in parts.trained:
@@ -81,10 +83,12 @@ def load_trained(settings: TrainSettings, parts: Parts, device: torch.device) ->
     return pipe
 
 
-def release(pipe: Any, keep: tuple[str, ...] = ()) -> None:
-    """Drop the modules of a pipeline, but for those to keep."""
+def release(parts: Parts, keep: tuple[str, ...] = ()) -> None:
+    """Drop the modules of the pipeline that encodes, but for those to keep."""
+    pipe = parts.encoding
     modules = [name for name, one in pipe.components.items() if isinstance(one, nn.Module)]
     pipe.register_modules(**{name: None for name in modules if name not in keep})
+    parts.prepared.modules.clear()
 
 
 def _nothing(_: str) -> bool:

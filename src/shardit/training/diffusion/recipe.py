@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from torch import nn
 
+from shardit.config import DiffusionParallelConfig
 from shardit.core.comm.group import GroupCoordinator
 from shardit.core.comm.mesh import Mesh
 from shardit.errors import InputError, UnsupportedError
@@ -18,12 +19,14 @@ from shardit.training.diffusion.adapters import add_lora, targets
 from shardit.training.diffusion.batches import CachedSample, DiffusionBatches, Loss
 from shardit.training.diffusion.cache import SampleCache
 from shardit.training.diffusion.components import Parts
+from shardit.training.diffusion.encoding import VAE, Encoding
 from shardit.training.diffusion.families.table import FAMILIES, spatial_scale
 from shardit.training.diffusion.joint import Joint
 from shardit.training.diffusion.objectives import objective_of
 from shardit.training.diffusion.samples import Prompt, Sampler, encode
 from shardit.training.diffusion.sized import Sized, sized
 from shardit.training.diffusion.timesteps import timesteps_for, usual_kind
+from shardit.training.own_share import share_of, whole_note
 from shardit.training.recipe import MicroBatch, TrainingRecipe
 from shardit.training.settings import TrainSettings
 
@@ -31,8 +34,9 @@ if TYPE_CHECKING:
     from shardit.training.staged import Stages
 
 
-def recipe(settings: TrainSettings, mesh: Mesh) -> TrainingRecipe:
-    """Return the recipe of a diffusers pipeline. Collective: ranks share the making of the cache.
+def recipe(settings: TrainSettings, mesh: Mesh, config: DiffusionParallelConfig | None = None) -> TrainingRecipe:
+    """Return the recipe of a diffusers pipeline. Collective: ranks share the making of the cache. config: None: each
+    rank loads the whole trained models.
 
     Raises InputError and UnsupportedError, in one line.
     """
@@ -40,7 +44,7 @@ def recipe(settings: TrainSettings, mesh: Mesh) -> TrainingRecipe:
         raise InputError("sample_every needs sample_prompts: name at least one prompt")
     cache = SampleCache(_cache_folder(settings))
     ranks = GroupCoordinator.of_mesh(mesh)["world"]
-    parts = components.load_encoding(settings, mesh.device, ranks)
+    parts = components.prepare_parts(settings, mesh.device, ranks)
     _check(settings, parts)
     scheduler = parts.encoding.scheduler
     objective = objective_of(scheduler)
@@ -48,21 +52,22 @@ def recipe(settings: TrainSettings, mesh: Mesh) -> TrainingRecipe:
     timesteps = timesteps_for(kind, settings.shift, scheduler, objective.flow)
     data = sized(settings, parts)
     held_out = sized(settings, parts, held_out=True) if settings.validation_data else None
-    for one in (data, held_out):
-        if one is not None:
-            one.fill(cache, ranks)
     live = settings.train_text_encoder
+    encoding = Encoding(parts, mesh, whole=live)
+    _fill(cache, [one for one in (data, held_out) if one is not None], encoding, settings, ranks)
     batches = DiffusionBatches(cache, parts.family, objective, timesteps, parts.trained, parts.boundary, live)
     sampler = _sampler(settings, parts, data, mesh, ranks)
-    kept = (*(("vae",) if sampler is not None else ()), *(parts.family.encoders if live else ()))
-    components.release(parts.encoding, kept)
-    pipe = components.load_trained(settings, parts, mesh.device)
+    kept = (*((VAE,) if sampler is not None else ()), *(parts.family.encoders if live else ()))
+    components.release(parts, kept)
+    share = share_of(config, settings.schedule, mesh)
+    pipe = components.load_trained(settings, parts, mesh.device, share)
+    whole = [note for name in parts.trained for note in whole_note(name, getattr(pipe, name), share)]
     pipe.register_modules(**{name: getattr(parts.encoding, name) for name in kept})
     if sampler is not None:
         sampler = replace(sampler, pipe=pipe)
     models, trained = _set_up(settings, parts, pipe)
     loss = Loss(parts.family, objective, type(pipe), _called_with(pipe), parts.dtype, mesh.device)
-    notes = (*data.data.notes, timesteps.described(), *trained)
+    notes = (*data.data.notes, timesteps.described(), *whole, *trained)
     return TrainingRecipe(
         models,
         loss,
@@ -74,6 +79,22 @@ def recipe(settings: TrainSettings, mesh: Mesh) -> TrainingRecipe:
         sampler,
         notes,
     )
+
+
+def _fill(
+    cache: SampleCache, data: list[Sized], encoding: Encoding, settings: TrainSettings, ranks: GroupCoordinator
+) -> None:
+    """Make what the cache lacks, and load what samples and the training of encoders need in any case."""
+    for one in data:
+        one.fill_latents(cache, encoding, ranks)
+    if not settings.sample_prompts:
+        encoding.drop_vae()
+    for one in data:
+        one.fill_prompts(cache, encoding, ranks)
+    if settings.sample_prompts:
+        encoding.load_vae()
+    if settings.sample_prompts or settings.train_text_encoder:
+        encoding.load_encoders()
 
 
 def _check(settings: TrainSettings, parts: Parts) -> None:
@@ -150,6 +171,6 @@ def _save(
     settings: TrainSettings, parts: Parts, stages: Mapping[str, Stages], folder: Path, ranks: GroupCoordinator
 ) -> None:
     if settings.full:
-        files.save_pipeline(stages, parts.folder, folder, ranks)
+        files.save_pipeline(stages, parts.prepared.source.folder, folder, ranks)
     else:
         files.save_lora(stages, folder, ranks)

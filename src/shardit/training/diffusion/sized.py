@@ -15,6 +15,7 @@ from shardit.training.data.order import Batch, Draw
 from shardit.training.diffusion.batches import CachedSample
 from shardit.training.diffusion.cache import Entry, SampleCache
 from shardit.training.diffusion.components import Parts
+from shardit.training.diffusion.encoding import Encoding
 from shardit.training.diffusion.families.latents import condition_of, encoded
 from shardit.training.diffusion.families.prompts import embedded, longest_prompt
 from shardit.training.diffusion.families.table import call_default, grid
@@ -49,12 +50,20 @@ class Sized:
         }
         return Entry("prompts", made_of, f"caption {caption[:60]!r}")
 
-    def fill(self, cache: SampleCache, ranks: GroupCoordinator) -> None:
-        """Make what the cache lacks. Collective."""
+    def fill_latents(self, cache: SampleCache, encoding: Encoding, ranks: GroupCoordinator) -> None:
+        """Make the latents that the cache lacks. Collective."""
+        cache.fill(self._latents, lambda entry: self._encoded(self._items[entry.key]), ranks, begin=encoding.load_vae)
+
+    def fill_prompts(self, cache: SampleCache, encoding: Encoding, ranks: GroupCoordinator) -> None:
+        """Make the embeddings of captions that the cache lacks. Collective."""
         family, pipe = self.parts.family, self.parts.encoding
-        cache.fill(self._latents, lambda entry: self._encoded(self._items[entry.key]), ranks)
-        prompts = list(self._prompts.values())
-        cache.fill(prompts, lambda entry: embedded(family, pipe, self._captions[entry.key], self._longest), ranks)
+        cache.fill(
+            list(self._prompts.values()),
+            lambda entry: embedded(family, pipe, self._captions[entry.key], self._longest),
+            ranks,
+            encoding.team,
+            encoding.load_encoders,
+        )
 
     def _encoded(self, item: int) -> dict[str, torch.Tensor]:
         pixels, pipe = self.data.pixels(item), self.parts.encoding

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from shardit.config import DiffusionParallelConfig
 from shardit.core.comm.mesh import Mesh
 from shardit.core.runtime.randomness import generators_kept
 from shardit.errors import InputError
@@ -25,6 +26,7 @@ from shardit.training.language.loss import causal_loss
 from shardit.training.language.notes import row_notes
 from shardit.training.language.rows import TrainingRow, TrainingRows, read_rows
 from shardit.training.language.samples import Writer, prompt_tokens
+from shardit.training.own_share import Share, everything, share_of, whole_note
 from shardit.training.recipe import TrainingRecipe
 from shardit.training.settings import TrainSettings
 
@@ -45,16 +47,18 @@ _OTHERS = (
 """Settings that only diffusion has."""
 
 
-def recipe(settings: TrainSettings, mesh: Mesh) -> TrainingRecipe:
-    """Return the recipe for the ranks of a run; see `language_recipe`."""
-    return language_recipe(settings, mesh.sizes["dp"], mesh.device)
+def recipe(settings: TrainSettings, mesh: Mesh, config: DiffusionParallelConfig | None = None) -> TrainingRecipe:
+    """Return the recipe for the ranks of a run; see `language_recipe`. config: None: each rank loads all."""
+    return language_recipe(settings, mesh.sizes["dp"], mesh.device, share_of(config, settings.schedule, mesh))
 
 
-def language_recipe(settings: TrainSettings, replicas: int, device: torch.device | str = "cpu") -> TrainingRecipe:
+def language_recipe(
+    settings: TrainSettings, replicas: int, device: torch.device | str = "cpu", share: Share = everything
+) -> TrainingRecipe:
     """Return what a run of training needs of a causal language model.
 
-    replicas: their number in the run. Every rank calls this and gets the same. Raises InputError for settings, rows and
-    names of modules that do not fit.
+    replicas: their number in the run. share: of the weights that this rank loads. Every rank calls this and gets the
+    same, but for the weights. Raises InputError for settings, rows and names of modules that do not fit.
     """
     check_settings(settings)
     source = decoder_source(settings.model)
@@ -62,7 +66,7 @@ def language_recipe(settings: TrainSettings, replicas: int, device: torch.device
     held_out = read_rows("validation_data", settings.validation_data) if settings.validation_data else None
     tokenizer = source.tokenizer()
     notes = _chat_notes(tokenizer, data.rows)
-    model, loaded = _model(source, settings, device)
+    model, loaded = _model(source, settings, device, share)
     maker = _Maker(settings, tokenizer, model, _ends(model, tokenizer))
     batches = maker.batches("data", data, notes)
     checked = maker.batches("validation_data", held_out, notes) if held_out is not None else None
@@ -105,8 +109,10 @@ def _chat_notes(tokenizer: Any, rows: Sequence[TrainingRow]) -> list[str]:
     return notes
 
 
-def _model(source: DecoderSource, settings: TrainSettings, device: torch.device | str) -> tuple[Any, list[str]]:
-    """Return the whole model in the type of its training, and lines for the user."""
+def _model(
+    source: DecoderSource, settings: TrainSettings, device: torch.device | str, share: Share
+) -> tuple[Any, list[str]]:
+    """Return the model in the type of its training, with the weights of this rank, and lines for the user."""
     chosen: Any = setting(settings.dtype)
     prepared, notes = PreparedDecoder(source, chosen), []
     stored = next(prepared.module.parameters()).dtype
@@ -118,7 +124,9 @@ def _model(source: DecoderSource, settings: TrainSettings, device: torch.device 
         notes.append(f"{source.gguf}: its quantised weights are read as {_type_of(prepared.module)}; {result}")
     if getattr(prepared.module.config.get_text_config(decoder=True), "output_router_logits", False):
         notes.append("output_router_logits: the loss that balances experts is left out; only tokens are learnt")
-    model: Any = prepared.load_whole(device).train()
+    prepared.module.requires_grad_(settings.full)  # what is trained decides where blocks are placed
+    model: Any = prepared.load_owned(share(prepared.module), device).train()
+    notes += whole_note(MODEL, model, share)
     if settings.gradient_checkpointing:
         if not getattr(model, "supports_gradient_checkpointing", False):
             raise InputError(f"gradient_checkpointing: {type(model).__name__} of transformers has none; leave it out")
@@ -138,7 +146,7 @@ def _trained(model: nn.Module, source: DecoderSource, settings: TrainSettings) -
     base = ALIASES[settings.model].hub_id if settings.model in ALIASES else settings.model
     if settings.model.startswith("tiny/"):
         base = str(source.folder)
-    with generators_kept(next(model.parameters()).device):
+    with generators_kept(next(one.device for one in model.parameters() if not one.is_meta)):
         torch.manual_seed(settings.seed)
         made, line = add_lora(model, settings, base)
     return made.train(), line

@@ -32,7 +32,7 @@ def train(
     settings: TrainSettings,
     config: DiffusionParallelConfig,
     mesh: Mesh,
-    make: Callable[[TrainSettings, Mesh], TrainingRecipe],
+    make: Callable[[TrainSettings, Mesh, DiffusionParallelConfig], TrainingRecipe],
     stop: Callable[[], bool] = lambda: False,
     began: Callable[[], None] = lambda: None,
 ) -> bool:
@@ -49,7 +49,7 @@ def train(
     if mesh.rank == 0:
         print(f"loading {settings.model} and {settings.data} ...", file=sys.stderr, flush=True)
     seed_all(settings.seed)
-    return Run(settings, config, mesh, make(settings, mesh)).run(stop, began)
+    return Run(settings, config, mesh, make(settings, mesh, config)).run(stop, began)
 
 
 def steps_of(settings: TrainSettings, recipe: TrainingRecipe) -> int:

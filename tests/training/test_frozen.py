@@ -74,7 +74,9 @@ def frozen_beginning(rank: int, size: int, method: str, schedule: str) -> list[d
         plain, model = adapted(*kind), adapted(*kind)
         batches = [task("llama").batch(number, False) for number in range(4)]
         expected = accumulate(plain, seeded_loss, batches)
-        staged = training.stages(model, seeded_loss, schedule=schedule, pipeline_parallel_size=size, timeout_s=30)
+        staged = training.stages(
+            model, seeded_loss, schedule=schedule, check_gradients=False, pipeline_parallel_size=size, timeout_s=30
+        )
         work.backwards = work.sent = 0
         value = float(staged.step(batches))
         largest, compared, only = worst(staged.named_parameters(), plain)

@@ -178,7 +178,7 @@ def padded(rank: int, size: int, method: str) -> tuple[list[float], int, int]:
         return BatchEncoding({"input_ids": chosen.batch(number, False), "attention_mask": mask})
 
     plain, model = chosen.build(), chosen.build()
-    staged = training.stages(model, loss, pipeline_parallel_size=size, timeout_s=30)
+    staged = training.stages(model, loss, pipeline_parallel_size=size, check_gradients=False, timeout_s=30)
     found = []
     for step in range(2):
         batches = [batch(step * 3 + number) for number in range(3)]

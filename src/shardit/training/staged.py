@@ -45,6 +45,7 @@ def stages(
     schedule: str = "1f1b",
     example: Any = None,
     plan: Plan | None = None,
+    check_gradients: bool = True,
     timeout_s: float = TIMEOUT_S,
     **parallel: Any,
 ) -> Stages:
@@ -52,22 +53,24 @@ def stages(
 
     Collective: every rank holds the same model and calls this, and later `step`, alike. The process group is started
     from the environment (torchrun) if there is none. After the first step, or at once if an `example` micro-batch is
-    given, each rank keeps the blocks that it owns, and no others.
+    given, each rank keeps the blocks that it owns, and no others. It may have others on meta from the start.
 
     loss: loss(model, micro_batch) returns a tensor with one number. schedule: "gpipe", "1f1b", "interleaved",
     "interleaved-zb" or "zbv".
     example: a micro-batch; needed if blocks run in another order than that of their registration, and `parameters`
-    is called before the first step. plan: overrides what is found in the model. timeout_s bounds every wait.
+    is called before the first step. plan: overrides what is found in the model. check_gradients: before the first step,
+    compare the gradients of one micro-batch with those of the whole model, if all ranks have it and memory for it; so
+    the loss is called more often. timeout_s bounds every wait.
     parallel: fields of the configuration as keywords, in its place.
 
     Raises InputError if something does not fit, UnsupportedError if it cannot be done right.
     """
-    own = ("model", "loss", "config", "schedule", "example", "plan", "timeout_s")
+    own = ("model", "loss", "config", "schedule", "example", "plan", "check_gradients", "timeout_s")
     config = config_of(config, parallel, "stages", own)
     check_degrees(config, schedule)
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     mesh = init_mesh(config, device=device, timeout_s=timeout_s)
-    made = Stages(model, loss, config, mesh, schedule, plan)
+    made = Stages(model, loss, config, mesh, schedule, plan, check_gradients)
     if example is not None:
         made._settle(example)
     return made
@@ -85,6 +88,7 @@ class Stages:
         mesh: Mesh,
         schedule: str,
         plan: Plan | None,
+        check_gradients: bool,
     ):
         self.model, self.config, self.mesh = model, config, mesh
         if SWAPPED in vars(type(model)):
@@ -98,7 +102,7 @@ class Stages:
         place = placing(model, [block for _, block in blocks], config, schedule)
         if place.note is not None and mesh.rank == 0:
             _log.warning("%s", place.note)
-        self.cut_loss = CutLoss(cut, loss, comm, schedule, place, plan)
+        self.cut_loss = CutLoss(cut, loss, comm, schedule, place, plan, check_gradients)
         self._sums: GradientSums | None = None
 
     def step(

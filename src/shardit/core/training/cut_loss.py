@@ -39,7 +39,8 @@ log = logging.getLogger("shardit")
 class CutLoss:
     """A loss over the stages of one pipeline. The constructor and all methods are collective over them, but `holdings`.
 
-    place: gives the chunk of each block for an order of the blocks. known: the schedules so far. settled: the order of
+    place: gives the chunk of each block for an order of the blocks. compares: the first gradients, with those of the
+    whole model. known: the schedules so far. settled: the order of
     the blocks may not change any more. dropped: each stage has its own blocks alone.
     """
 
@@ -49,6 +50,7 @@ class CutLoss:
     kind: str
     place: Callable[[Sequence[int]], list[int]]
     hints: Plan | None = None
+    compares: bool = True
     chunk_of: list[int] = field(default_factory=list)
     settled: bool = False
     dropped: bool = False
@@ -163,7 +165,7 @@ class CutLoss:
 
     def _whole_gradients(self, watched: WatchedLoss, batch: Any, seed: int) -> WholeGradients | None:
         """Return the gradients of the whole model, while this rank has it."""
-        if self.dropped:
+        if self.dropped or not self.compares:
             return None
         if not self.run.plain.whole:
             log.info("the first gradients are not compared with those of the whole model, which no rank has")

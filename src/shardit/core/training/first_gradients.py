@@ -59,7 +59,8 @@ def whole_gradients(run: LossRun, comm: Comm, batch: Any, seed: int, watched: Wa
     model, looks = run.cut.model, watched.looks.items()
     outputs = sum(look.nbytes for address, look in looks if address.kind == "out")
     needed = KEPT * outputs + 2 * sum(one.nbytes for one in model.parameters() if one.requires_grad)
-    fits = needed < free_bytes(run.device) and not any(one._post_accumulate_grad_hooks for one in model.parameters())
+    hooked = any(one._backward_hooks or one._post_accumulate_grad_hooks for one in model.parameters())
+    fits = needed < free_bytes(run.device) and not hooked
     if not all(comm.group.gather_objects(fits)):
         why = "a parameter has a hook, or they need too much memory"
         _log.info("the first gradients are not compared with the whole model: %s (%.1f GiB)", why, needed / 2**30)

@@ -97,19 +97,45 @@ def _of(name: str) -> Task:
     return cases()[name] if name in cases() else task(name)
 
 
-@pytest.mark.parametrize("name", ["llama", "dropout", "lora", "teacher", "tied blocks", "parameter outside"])
-def test_right_gradients_are_told_and_leave_nothing(name: str) -> None:
-    for found in on_two(functools.partial(_of, name)):
+NAMES = [
+    "llama",
+    "dropout",
+    "lora",
+    "teacher",
+    "tied blocks",
+    "tied ends",
+    "parameter outside",
+    "each block twice",
+    "in place",
+]
+HOW = {"": "those of the whole model: ", "parted": "those of all ranks block by block: ", "free": "block by block: "}
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        *((name, {}) for name in NAMES),
+        *((name, {"parted": True}) for name in (*NAMES, "lora, checkpointing", "dropout, checkpointing", "two calls")),
+        ("llama", {"free": 1000.0}),
+    ],
+)
+def test_right_gradients_are_told_and_leave_nothing(name: str, given: dict[str, Any]) -> None:
+    for found in on_two(functools.partial(_of, name), **given):
         assert not found["error"]
         assert found["gradients"] == 0
-        assert any("first gradients are those of the whole model" in line for line in found["lines"])
+        line = next(line for line in found["lines"] if HOW[next(iter(given), "")] in line)
+        print(line)
+        assert ": 0 parameters" not in line
 
 
 @pytest.mark.parametrize("name", ["llama", "lora"])
 @pytest.mark.parametrize("wrong", [_wrong_factor, _no_gradient_back])
-def test_a_wrong_gradient_is_an_error_that_names_the_parameter(name: str, wrong: Callable[[], None]) -> None:
-    for found in on_two(functools.partial(_of, name), wrong):
-        assert "differs from that of the whole model" in found["error"]
+@pytest.mark.parametrize("parted", [False, True])
+def test_a_wrong_gradient_is_an_error_that_names_the_parameter(
+    name: str, wrong: Callable[[], None], parted: bool
+) -> None:
+    for found in on_two(functools.partial(_of, name), wrong, parted):
+        assert "over the stages the gradient of" in found["error"]
         assert ("layers." if name == "llama" else "blocks.") in found["error"]
         assert "\n" not in found["error"]
 
@@ -124,15 +150,18 @@ def test_half_precision_has_a_wider_bound() -> None:
     assert all(found["error"] for found in on_two(_half, _no_gradient_back))
 
 
-@pytest.mark.parametrize(
-    ("given", "line"),
-    [
-        ({"free": 1000.0}, "first gradients are not compared with the whole model"),
-        ({"parted": True}, "first gradients are not compared with those of the whole model, which no rank has"),
-    ],
-)
-def test_a_check_that_is_left_out_is_told(given: Any, line: str) -> None:
-    for found in on_two(functools.partial(odd, "plain"), **given):
+def _hooked() -> Task:
+    chosen = odd("plain")
+
+    def build() -> Any:
+        model: Any = chosen.build()
+        model.embed.weight.register_hook(lambda gradient: None)
+        return model
+
+    return replace(chosen, build=build)
+
+
+def test_a_check_that_is_left_out_is_told() -> None:
+    for found in on_two(_hooked):
         assert not found["error"]
-        assert any(line in one for one in found["lines"])
-        assert not any("are those of the whole model" in one for one in found["lines"])
+        assert "the first gradients are not compared: a parameter has a hook" in found["lines"]

@@ -59,7 +59,7 @@ def stages(
     "interleaved-zb" or "zbv".
     example: a micro-batch; needed if blocks run in another order than that of their registration, and `parameters`
     is called before the first step. plan: overrides what is found in the model. check_gradients: before the first step,
-    compare the gradients of one micro-batch with those of the whole model, if all ranks have it and memory for it; so
+    compare the gradients of one micro-batch with those without a schedule, and raise UnsupportedError if they differ;
     the loss is called more often. timeout_s bounds every wait.
     parallel: fields of the configuration as keywords, in its place.
 

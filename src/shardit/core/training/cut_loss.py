@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,7 +18,7 @@ from shardit.core.runtime.randomness import generators_kept, torch_states
 from shardit.core.training.check import check_course
 from shardit.core.training.course import Course
 from shardit.core.training.dry import DryLoss
-from shardit.core.training.first_gradients import WholeGradients, compare_gradients, whole_gradients
+from shardit.core.training.first_gradients import Expected, compare_gradients, expected_gradients
 from shardit.core.training.gradients.deferred import Deferred
 from shardit.core.training.gradients.holdings import Holdings
 from shardit.core.training.known_courses import KnownCourses
@@ -32,15 +31,13 @@ from shardit.core.training.supply import supply_blocks
 from shardit.core.training.watch import WatchedLoss
 from shardit.errors import UnsupportedError
 
-log = logging.getLogger("shardit")
-
 
 @dataclass
 class CutLoss:
     """A loss over the stages of one pipeline. The constructor and all methods are collective over them, but `holdings`.
 
-    place: gives the chunk of each block for an order of the blocks. compares: the first gradients, with those of the
-    whole model. known: the schedules so far. settled: the order of
+    place: gives the chunk of each block for an order of the blocks. compares: the first gradients, with those
+    without a schedule. known: the schedules so far. settled: the order of
     the blocks may not change any more. dropped: each stage has its own blocks alone.
     """
 
@@ -57,7 +54,7 @@ class CutLoss:
     known: KnownCourses = field(default_factory=KnownCourses)
     run: LossRun = field(init=False)
     _held: Holdings | None = None
-    _whole: WholeGradients | None = None
+    _expected: Expected | None = None
     _checked: set[Any] = field(default_factory=set)
     _deferred: Deferred = field(default_factory=Deferred)
 
@@ -147,11 +144,10 @@ class CutLoss:
             with self.run.plain.recorded(lambda: bool(watched.trace.sites)) as plain:
                 loss = watched.watch_loss(lambda: self.run.fresh(batch, seed), call)
         self.run.updates |= watched.updates
-        whole = self._whole_gradients(watched, batch, seed)
+        step = StepData([batch], [1.0], [seed], {0: plain})
+        if self.compares and not self.dropped:
+            self._expected = expected_gradients(self.run, self.comm, step, watched, self.run.plain.whole)
         self._settle(watched)
-        if whole is not None:
-            whole.keep(self.holdings.own)
-        self._whole = whole
         course = self._course(watched, watched.trace.number(loss), len(plain))
         if len(set(self.comm.group.gather_objects(course.digest()))) > 1:
             raise UnsupportedError("ranks found different cuts: the loss does not do the same on every rank")
@@ -159,25 +155,16 @@ class CutLoss:
         kind = call.mode_key(self.state()), tuple(site.block for site in course.sites), crossing
         if kind not in self._checked:
             with buffers_kept(self.cut.model):
-                check_course(self.run, course, self.comm, StepData([batch], [1.0], [seed], {0: plain}), loss.detach())
+                check_course(self.run, course, self.comm, step, loss.detach())
             self._checked.add(kind)
         return course, watched.trace.deciding
 
-    def _whole_gradients(self, watched: WatchedLoss, batch: Any, seed: int) -> WholeGradients | None:
-        """Return the gradients of the whole model, while this rank has it."""
-        if self.dropped or not self.compares:
-            return None
-        if not self.run.plain.whole:
-            log.info("the first gradients are not compared with those of the whole model, which no rank has")
-            return None
-        return whole_gradients(self.run, self.comm, batch, seed, watched)
-
     def _compare_gradients(self, schedules: Schedules, batch: Any, seed: int) -> None:
-        """Compare the gradients of the stages with those of the whole model, if there are any."""
-        whole, self._whole = self._whole, None
-        if whole is not None:
+        """Compare the gradients of the stages with those that are expected, if there are any."""
+        expected, self._expected = self._expected, None
+        if expected is not None:
             plain = {0: self._plain_results(batch, seed)} if schedules.course.plain_calls else {}
-            compare_gradients(schedules, StepData([batch], [1.0], [seed], plain), self.comm, self.holdings, whole)
+            compare_gradients(schedules, StepData([batch], [1.0], [seed], plain), self.comm, self.holdings, expected)
 
     def _settle(self, watched: WatchedLoss) -> None:
         """After the first watched loss: place blocks in the order in which they ran, release those of other stages."""

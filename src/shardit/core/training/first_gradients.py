@@ -1,8 +1,7 @@
-"""Compares the gradients of the first micro-batch over the stages with those of the whole model, before ranks release
-the blocks of others.
+"""Compares the gradients of the first micro-batch over the stages with those without a schedule: of the whole model, if
+every rank has it and memory for it; else those of all ranks together, block by block.
 
-It costs a forward and a backward of the whole model on each rank, and one of each stage, once. Ranks that never have
-the whole model, or too little memory for this, do not compare.
+It costs two forwards and backwards, once: of the whole model, and over the stages.
 """
 
 from __future__ import annotations
@@ -10,22 +9,23 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from shardit.core.comm.p2p import Comm
+from shardit.core.modules.blocks import CutModel, inner_tensors
 from shardit.core.modules.state.buffers import buffers_kept
+from shardit.core.training.gradients.block_by_block import BlockNodes
 from shardit.core.training.gradients.holdings import Holdings
 from shardit.core.training.gradients.sums import sum_gradients
 from shardit.core.training.schedules import Schedules
 from shardit.core.training.segment import LossRun, StepData
 from shardit.core.training.watch import WatchedLoss
-from shardit.errors import UnsupportedError
+from shardit.errors import RankError, UnsupportedError, first_line
 
 CLOSE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Largest difference of a gradient relative to its norm, by the type of the parameter."""
@@ -42,53 +42,67 @@ _log = logging.getLogger("shardit")
 
 
 @dataclass
-class WholeGradients:
-    """Gradients of a micro-batch on one rank, by the names of parameters. half: it was computed in 16 bits, in part."""
+class Expected:
+    """Gradients of a micro-batch, by the names of parameters; without those that this rank has no part in. half: it was
+    computed in 16 bits, in part. how: for the log."""
 
     of: dict[str, torch.Tensor | None]
     half: bool
-
-    def keep(self, names: Collection[str]) -> None:
-        """Release all but those of these parameters."""
-        self.of = {name: one for name, one in self.of.items() if name in names}
+    how: str
 
 
-def whole_gradients(run: LossRun, comm: Comm, batch: Any, seed: int, watched: WatchedLoss) -> WholeGradients | None:
-    """Return the gradients of a watched micro-batch, of the whole model on this rank; None if a rank lacks memory for
-    them. Collective."""
+def expected_gradients(run: LossRun, comm: Comm, step: StepData, watched: WatchedLoss, whole: bool) -> Expected | None:
+    """Return the gradients of the watched micro-batch of `step`, before blocks are released. whole: all ranks have the
+    whole model. None if they cannot be computed. Collective."""
     model, looks = run.cut.model, watched.looks.items()
+    if any(one._backward_hooks or one._post_accumulate_grad_hooks for one in model.parameters()):
+        _log.info("the first gradients are not compared: a parameter has a hook")
+        return None
     outputs = sum(look.nbytes for address, look in looks if address.kind == "out")
     needed = KEPT * outputs + 2 * sum(one.nbytes for one in model.parameters() if one.requires_grad)
-    hooked = any(one._backward_hooks or one._post_accumulate_grad_hooks for one in model.parameters())
-    fits = needed < free_bytes(run.device) and not hooked
-    if not all(comm.group.gather_objects(fits)):
-        why = "a parameter has a hook, or they need too much memory"
-        _log.info("the first gradients are not compared with the whole model: %s (%.1f GiB)", why, needed / 2**30)
-        return None
-    found, problem = {}, None
+    whole = whole and all(comm.group.gather_objects(needed < free_bytes(run.device)))
+    names = None if whole else _apart(run.cut, comm.rank)
+    calls, found, problem = (None if whole else BlockNodes(run.cut, comm)), {}, None
     with _without_gradients(model.parameters()), buffers_kept(model), torch.enable_grad():
         try:
-            run.fresh(batch, seed).backward()
-            found = {name: one.grad for name, one in model.named_parameters() if one.requires_grad}
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            problem = error
-    if any(comm.group.gather_objects(problem is not None)):
-        _log.info("the first gradients are not compared with the whole model: a rank has too little memory")
+            with run.cut.calls.intercepted_by(calls), run.plain.replayed(step.plain.get(0, [])):
+                run.fresh(step.batches[0], step.seeds[0]).backward()
+            trained = ((name, one) for name, one in model.named_parameters() if one.requires_grad)
+            found = {name: one.grad for name, one in trained if names is None or name in names}
+        except RankError:
+            raise
+        except Exception as error:  # of memory, or of a block that cannot run twice
+            problem = f"{type(error).__name__}: {first_line(error)}"
+    problem = next((one for one in comm.group.gather_objects(problem) if one), None)
+    if problem is not None:
+        _log.info("the first gradients are not compared: %s", problem)
         return None
     half = watched.autocast or any(look.dtype in HALVES for _, look in looks)
-    return WholeGradients(found, half)
+    return Expected(found, half, "of the whole model" if whole else "of all ranks block by block")
 
 
-def compare_gradients(schedules: Schedules, step: StepData, comm: Comm, held: Holdings, whole: WholeGradients) -> None:
+def _apart(cut: CutModel, rank: int) -> set[str]:
+    """Return the names of parameters that are in blocks of this rank alone, or outside of blocks alone: if a weight is
+    tied over these, each rank has a part of its gradient."""
+    within: dict[int, set[int]] = {}
+    for (_, block), owner in zip(cut.blocks, cut.owners, strict=True):
+        for parameter in block.parameters():
+            within.setdefault(id(parameter), set()).add(owner)
+    inner = inner_tensors(cut.model, cut.blocks)
+    tied = {key for key, owners in within.items() if owners != {rank} or key not in inner}
+    return {name for name, one in cut.model.named_parameters() if id(one) not in tied}
+
+
+def compare_gradients(schedules: Schedules, step: StepData, comm: Comm, held: Holdings, expected: Expected) -> None:
     """Run a step of one micro-batch over the stages, and compare its gradients. Collective; raises UnsupportedError on
     all stages if one differs."""
     run = schedules.run
-    own = {name: one for name, one in held.own.items() if one.requires_grad}
+    own = {name: one for name, one in held.own.items() if name in expected.of}
     with _without_gradients(run.cut.model.parameters()), buffers_kept(run.cut.model), torch.enable_grad():
         schedules.step([0], step)
         sum_gradients(list(held.shared.values()), comm.group)
-        differences = _differences({name: one.grad for name, one in own.items()}, whole.of)
-    bounds = {name: CLOSE_HALF if whole.half else CLOSE.get(own[name].dtype, CLOSE_HALF) for name in differences}
+        differences = _differences({name: one.grad for name, one in own.items()}, expected.of)
+    bounds = {name: CLOSE_HALF if expected.half else CLOSE.get(own[name].dtype, CLOSE_HALF) for name in differences}
     largest = max(differences, key=lambda name: differences[name] / bounds[name], default=None)
     mine = None if largest is None else (differences[largest] / bounds[largest], differences[largest], largest)
     of_ranks = [one for one in comm.group.gather_objects(mine) if one is not None]
@@ -97,25 +111,28 @@ def compare_gradients(schedules: Schedules, step: StepData, comm: Comm, held: Ho
     share, difference, name = max(of_ranks)
     if share > 1:
         raise UnsupportedError(
-            f"{run.cut.name}: over the stages the gradient of {name} differs from that of the whole model by "
+            f"{run.cut.name}: over the stages the gradient of {name} differs from that {expected.how} by "
             f"{difference:.1g} of its norm: use pipeline_parallel_size=1, and report the model"
         )
     _log.info(
-        "the first gradients are those of the whole model: %d parameters on this rank, largest difference %.1e (%s)",
+        "the first gradients are those %s: %d parameters on this rank, largest difference %.1e (%s)",
+        expected.how,
         len(differences),
         difference,
         name,
     )
 
 
-def _differences(got: Mapping[str, torch.Tensor | None], whole: Mapping[str, torch.Tensor | None]) -> dict[str, float]:
-    """Return the norms of the differences of gradients, relative to those of the whole model."""
-    squares = {name: float(one.double().square().sum()) for name, one in whole.items() if one is not None}
-    count = sum(one.numel() for one in whole.values() if one is not None)
+def _differences(
+    got: Mapping[str, torch.Tensor | None], expected: Mapping[str, torch.Tensor | None]
+) -> dict[str, float]:
+    """Return the norms of the differences of gradients, relative to those that are expected."""
+    squares = {name: float(one.double().square().sum()) for name, one in expected.items() if one is not None}
+    count = sum(one.numel() for one in expected.values() if one is not None)
     average = math.sqrt(math.fsum(squares.values()) / count) if count else 0.0
     found = {}
     for name, one in got.items():
-        want = whole[name]
+        want = expected[name]
         if one is None and want is None:
             continue
         size = (one if want is None else want).numel()  # pyright: ignore[reportOptionalMemberAccess]

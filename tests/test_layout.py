@@ -226,7 +226,7 @@ def test_the_server_imports_no_torch() -> None:
 
 BUDGET = {
     ".": 1315,
-    "core": 7370,
+    "core": 7603,
     "diffusion": 3990,
     "engine": 3060,
     "language": 2800,
@@ -235,7 +235,7 @@ BUDGET = {
     "parallel": 4830,
     "server": 5310,
     "settings": 450,
-    "training": 3981,
+    "training": 4122,
 }
 """Lines of code of each folder, as `make size` counts them; a number is raised on purpose, or not at all."""
 

@@ -47,20 +47,21 @@ class BlockNodes:
         node = _Node(self, index, run)
         # Without an input that requires a gradient, autograd would leave out the parameters of the first blocks.
         anchor = torch.zeros((), requires_grad=True)
-        made = iter(_BlockFunction.apply(node, anchor, *(leaves[place] for place in places)))
-        out = [next(made) if is_new else leaf for leaf, is_new in zip(node.leaves, node.new, strict=True)]
+        made = _BlockFunction.apply(node, anchor, *(leaves[place] for place in places))
+        out = [leaf if place is None else made[place] for leaf, place in zip(node.leaves, node.places, strict=True)]
         return tree_unflatten(out, node.spec)
 
 
 class _Node:
-    """One block call. leaves: of its output; new: which of them are tensors that the block has made."""
+    """One block call. leaves: of its output; places: of each leaf among the tensors that the block has made, None if it
+    is none of these. A block may return one tensor twice."""
 
     def __init__(self, nodes: BlockNodes, index: int, run: Callable[..., Any]):
         self.nodes, self.owner, self.run = nodes, nodes.cut.owners[index], run
         self.name, self.device = nodes.cut.blocks[index][0], nodes.comm.group.device
         self.states, self.modes = torch_states(self.device), _autocast(self.device.type)
         self.leaves: list[Any] = []
-        self.new: list[bool] = []
+        self.places: list[int | None] = []
         self.spec: Any = None
 
     def forward(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -76,12 +77,16 @@ class _Node:
         out = call_on(self.nodes.comm, self.owner, run, tensors)
         self.leaves, self.spec = tree_flatten(out)
         materialize(self.leaves)
-        given = set(map(id, tensors))
-        self.new = [isinstance(leaf, torch.Tensor) and id(leaf) not in given for leaf in self.leaves]
+        given, known = set(map(id, tensors)), dict[int, int]()
+        for leaf in self.leaves:
+            is_new = isinstance(leaf, torch.Tensor) and id(leaf) not in given
+            self.places.append(known.setdefault(id(leaf), len(known)) if is_new else None)
         return self._made(self.leaves)
 
     def _made(self, leaves: Sequence[Any]) -> list[torch.Tensor]:
-        return [leaf for leaf, is_new in zip(leaves, self.new, strict=True) if is_new]
+        """Return the tensors among the leaves that the block has made, each once."""
+        found = {place: leaf for leaf, place in zip(leaves, self.places, strict=True) if place is not None}
+        return [found[place] for place in sorted(found)]
 
     def backward(
         self, tensors: Sequence[torch.Tensor], wanted: Sequence[bool], gradients: Sequence[torch.Tensor | None]

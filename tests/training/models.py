@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from shardit.core.modules.hints import Plan
+from shardit.core.training.gradients.slices import TensorSlices
 from tests.language import families
 from tests.support import survey_models
 from tests.support.survey_models import Draw
@@ -79,13 +80,16 @@ def accumulate(model: nn.Module, loss: Any, batches: list[Any], weights: list[fl
     return total
 
 
-def worst(named: Any, plain: nn.Module) -> tuple[float, int, list[str]]:
+def worst(named: Any, plain: nn.Module, slices: TensorSlices | None = None) -> tuple[float, int, list[str]]:
     """Compare gradients: the largest relative difference, how many were compared, and names of those that only one
-    of the two has."""
+    of the two has. slices: those of a tensor rank are compared with the same parts of whole gradients."""
     expected = dict(plain.named_parameters())
+    cuts = {} if slices is None else slices.cuts
     largest, count, only = 0.0, 0, []
     for name, parameter in named:
         want, got = expected[name].grad, parameter.grad
+        if slices is not None and want is not None and name in cuts:
+            want = cuts[name].of(slices.index).take(want)
         if want is None or not want.numel() or float(want.abs().max()) < 1e-9:
             if got is not None and got.numel() and float(got.abs().max()) > 1e-8:
                 only.append(f"{name}: a gradient where one rank has none")

@@ -32,7 +32,7 @@ def one_step(chosen: Task, count: int, options: dict[str, Any]) -> dict[str, Any
     batches = [chosen.batch(number, False) for number in range(count)]
     staged = training.stages(model, chosen.loss, plan=chosen.plan, timeout_s=30, **options)
     value = staged.step(batches)
-    largest, compared, only = worst(staged.named_parameters(), plain)
+    largest, compared, only = worst(staged.named_parameters(), plain, staged.slices)
     held = sum(not parameter.is_meta for parameter in model.parameters())
     return {
         "worst": largest,
@@ -41,7 +41,12 @@ def one_step(chosen: Task, count: int, options: dict[str, Any]) -> dict[str, Any
         "loss": abs(float(value) - expected) / abs(expected),
         "held": held,
         "of": sum(1 for _ in plain.parameters()),
+        "share": _count(model) / _count(plain),
     }
+
+
+def _count(model: Any) -> int:
+    return sum(one.numel() for one in model.parameters() if not one.is_meta)
 
 
 def cases_right(rank: int, size: int, method: str, names: list[str], count: int = 3, **options: Any) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from tests.training.cases import cases, wan
 from tests.training.models import Task, accumulate, task
 from tests.training.runs import join, one_step
 
-CLOSE = 2e-6
+CLOSE = 1e-5
+"""Sums over slices round differently in the forward, too. One rank in float32 is up to 4e-6 from float64 here."""
 PICTURES = (
     "WanTransformer3DModel",
     "FluxTransformer2DModel",
@@ -169,7 +170,7 @@ def curve(rank: int, size: int, method: str, steps: int, name: str) -> tuple[lis
 @pytest.mark.parametrize(("name", "size"), [("WanTransformer3DModel", 2), ("llama", 4)])
 def test_twenty_steps_follow_the_losses_and_norms_of_one_rank(name: str, size: int) -> None:
     for got, expected in run_ranks(size, functools.partial(curve, steps=20, name=name), timeout=200):
-        assert got[::2] == pytest.approx(expected[::2], rel=2e-5)
+        assert got[::2] == pytest.approx(expected[::2], rel=2e-5, abs=1e-7)
         assert got[1::2] == pytest.approx(expected[1::2], rel=2e-4)
         assert expected[-2] < 0.9 * expected[0]
 

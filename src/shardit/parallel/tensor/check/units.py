@@ -172,12 +172,9 @@ class Checks:
         code = type(unit).__name__ + (f" with {type(processor).__name__}" if processor is not None else "")
         why = f"{code} {why}"
         if self.for_training:
-            drops = _active_dropout(unit)
-            if drops is not None:
-                why = f"{why}: {drops} draws for its part alone, so set its probability to 0"
-            raise UnsupportedError(
-                f"{self.title}: {name} cannot be trained over tensor ranks: {why}, or use tensor_parallel_size=1"
-            )
+            drops = active_dropout(unit)
+            remedy = "" if drops is None else f"set the probability of {drops}, which drops other values there, to 0, or "
+            raise UnsupportedError(f"{self.title}: {name} cannot train: {why}: {remedy}use tensor_parallel_size=1")
         if any(type(self.model.get_submodule(one)) is type(unit) for one in self.plan.borrowers):
             text = f"{self.title}: {name} {why}, and other layers take its keys: use tensor_parallel_size=1"
             raise UnsupportedError(text)
@@ -191,7 +188,7 @@ class Checks:
             log.warning("%s: %s%s are whole on every tensor rank from now on: %s", self.title, name, more, why)
 
 
-def _active_dropout(unit: nn.Module) -> str | None:
+def active_dropout(unit: nn.Module) -> str | None:
     """Return the name of a module, or of an attribute, that makes a unit drop values in training; None if none does."""
     for name, module in unit.named_modules():
         if module.training and isinstance(module, nn.Dropout) and module.p > 0:

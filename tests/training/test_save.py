@@ -159,12 +159,12 @@ def test_slices_are_saved_whole(size: int, train: Any, tmp_path: Path) -> None:
 
     of_ranks = run_ranks(size, train, "llama", str(tmp_path / "model"), False, 2, timeout=100)
     plain, norms = plainly("llama", False, 2)
-    assert all(found == of_ranks[0] == pytest.approx(norms, rel=1e-5) for found in of_ranks)
+    assert all(found == of_ranks[0] == pytest.approx(norms, rel=5e-5) for found in of_ranks)
     loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     close(loaded.state_dict(), plain.state_dict(), 2e-4)
     of_ranks = run_ranks(size, train, "llama", str(tmp_path / "adapter"), True, 2, timeout=100)
     plain, norms = plainly("llama", True, 2)
-    assert all(found == of_ranks[0] == pytest.approx(norms, rel=1e-5) for found in of_ranks)
+    assert all(found == of_ranks[0] == pytest.approx(norms, rel=5e-5) for found in of_ranks)
     plain.save_pretrained(tmp_path / "plain")
     file = "adapter_model.safetensors"
     close(load_file(tmp_path / "adapter" / file), load_file(tmp_path / "plain" / file), 2e-4)

@@ -235,7 +235,7 @@ BUDGET = {
     "parallel": 4830,
     "server": 5310,
     "settings": 450,
-    "training": 3981,
+    "training": 4083,
 }
 """Lines of code of each folder, as `make size` counts them; a number is raised on purpose, or not at all."""
 

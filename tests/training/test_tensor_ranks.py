@@ -18,8 +18,8 @@ from tests.training.cases import cases, wan
 from tests.training.models import Task, accumulate, task
 from tests.training.runs import join, one_step
 
-CLOSE = 1e-5
-"""Sums over slices round differently in the forward, too. One rank in float32 is up to 4e-6 from float64 here."""
+CLOSE = 2e-6
+"""Beyond the effect of rounding: sums over slices round differently in the forward, too."""
 PICTURES = (
     "WanTransformer3DModel",
     "FluxTransformer2DModel",
@@ -36,7 +36,8 @@ def check(of_ranks: list[dict[str, Any]], expected: int) -> None:
         for rank, found in enumerate(of_ranks):
             got = found[name]
             assert not got["only"], (name, rank, got["only"][:3])
-            assert max(got["worst"], got["loss"]) < CLOSE, (name, rank, got)
+            assert max(got["beyond"], got["loss"]) < CLOSE, (name, rank, got)
+            assert got["worst"] < 2e-5, (name, rank, got)
             assert got["share"] < 0.9, (name, rank, got)
         assert sum(found[name]["compared"] for found in of_ranks) > 0
 

@@ -22,8 +22,8 @@ _STRIDE = 0x9E3779B97F4A7C15
 @dataclass(frozen=True)
 class StepPlan:
     """The micro-batches of this replica, without those of weight 0; factors: their shares of the mean over all
-    replicas; seeds: of their random numbers, the same for any numbers of ranks. first: the first micro-batch that was given,
-    of whatever weight."""
+    replicas; seeds: of their random numbers, the same for any numbers of ranks. first: the first micro-batch that was
+    given, of whatever weight."""
 
     batches: list[Any]
     factors: list[float]

@@ -22,7 +22,6 @@ from tests.training.diffusion.folders import samples_of, settings_of, stir
 from tests.training.models import accumulate, worst
 from tests.training.runs import join
 
-
 STAGES = "pipeline_parallel_size"
 
 

@@ -173,7 +173,9 @@ class Checks:
         why = f"{code} {why}"
         if self.for_training:
             drops = active_dropout(unit)
-            remedy = "" if drops is None else f"set the probability of {drops}, which drops other values there, to 0, or "
+            remedy = (
+                "" if drops is None else f"set the probability of {drops}, which drops other values there, to 0, or "
+            )
             raise UnsupportedError(f"{self.title}: {name} cannot train: {why}: {remedy}use tensor_parallel_size=1")
         if any(type(self.model.get_submodule(one)) is type(unit) for one in self.plan.borrowers):
             text = f"{self.title}: {name} {why}, and other layers take its keys: use tensor_parallel_size=1"

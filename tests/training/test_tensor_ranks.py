@@ -202,6 +202,63 @@ def test_dropout_on_slices_is_refused(stages: int) -> None:
         assert "\n" not in first + second
 
 
+def refused(rank: int, size: int, method: str) -> list[str]:
+    """What would be wrong in silence: a loss that reads slices, hooks on gradients of slices."""
+    join(rank, size, method)
+    chosen = task("llama")
+
+    def of_weight(model: Any, batch: torch.Tensor) -> torch.Tensor:
+        return chosen.loss(model, batch) + model.lm_head.weight.square().sum()
+
+    def by_hand(model: Any, batch: torch.Tensor) -> torch.Tensor:
+        hidden = model.model(input_ids=batch, use_cache=False).last_hidden_state
+        return (hidden @ model.lm_head.weight.T).mean()
+
+    found = []
+    for loss in (of_weight, by_hand):
+        staged = training.stages(chosen.build(), loss, tensor_parallel_size=size, timeout_s=20)
+        with pytest.raises(UnsupportedError) as error:
+            staged.step([chosen.batch(0, False)])
+        found.append(str(error.value))
+    model: Any = chosen.build()
+    model.lm_head.weight.register_hook(lambda gradient: gradient)
+    with pytest.raises(UnsupportedError) as error:
+        training.stages(model, chosen.loss, tensor_parallel_size=size, timeout_s=20)
+    return [*found, str(error.value)]
+
+
+def test_what_would_be_wrong_in_silence_is_refused() -> None:
+    for found in run_ranks(2, refused, timeout=60):
+        for text, part in zip(found, ("(square)", "(T)", "has a hook on its gradient"), strict=True):
+            assert text.startswith("lm_head.weight ")
+            assert part in text
+
+
+def early(rank: int, size: int, method: str) -> list[float]:
+    """An optimizer that was made before the model was cut, and gradients of before."""
+    join(rank, size, method)
+    chosen = task("llama")
+    plain, model = chosen.build(), chosen.build()
+    losses = []
+    for one in (plain, model):
+        chosen.loss(one, chosen.batch(5, False)).backward()
+    mine, other = (torch.optim.SGD(one.parameters(), lr=0.3, momentum=0.5) for one in (model, plain))
+    staged = training.stages(model, chosen.loss, tensor_parallel_size=size, timeout_s=20)
+    for _ in range(4):
+        losses.append(accumulate(plain, chosen.loss, [chosen.batch(0, False)]))
+        losses.append(float(staged.step([chosen.batch(0, False)])))
+        for optimizer in (mine, other):
+            optimizer.step()
+            optimizer.zero_grad()
+    return losses
+
+
+def test_an_optimizer_may_be_made_before() -> None:
+    for found in run_ranks(2, early, timeout=60):
+        assert found[1::2] == pytest.approx(found[::2], rel=1e-4)
+        assert found[-1] < 0.9 * found[0]
+
+
 def summed_whole(rank: int, size: int, method: str) -> tuple[float, list[float]]:
     """Weights that every rank has whole stay the same bits on all; return the worst of their differences."""
     join(rank, size, method)

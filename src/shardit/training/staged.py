@@ -30,9 +30,7 @@ from shardit.training.limits import check_degrees
 from shardit.training.placing import placing
 from shardit.training.plan_step import StepPlan, plan_step
 from shardit.training.save import save_model
-from shardit.training.tensor import slice_model
-
-Loss = Callable[[Any, Any], torch.Tensor]
+from shardit.training.tensor import Loss, slice_model, watching_reads
 
 _log = logging.getLogger("shardit")
 
@@ -99,6 +97,7 @@ class Stages:
             install(blocks, cut.calls)
         if place.note is not None and mesh.rank == 0:
             _log.warning("%s", place.note)
+        loss = watching_reads(model, loss, self.slices)
         self.cut_loss = CutLoss(cut, loss, comm, schedule, place, plan)
         self._sums: GradientSums | None = None
 

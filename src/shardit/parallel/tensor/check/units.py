@@ -73,7 +73,7 @@ class Checks:
     _calls: set[Any] = field(default_factory=set)
     _attentions: dict[str, nn.Module] = field(default_factory=dict)
     _asked: bool = False
-    _comparing: bool = False
+    comparing: bool = False
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AbstractContextManager[None]:
         """Begin a call of the component: if it is of a new kind, or processors have changed, its units are compared."""
@@ -117,7 +117,7 @@ class Checks:
     def call(self, unit: Any, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call of a pending unit; `plain` is its own forward."""
         name = vars(unit)[NAME]
-        if self._comparing or attention_is_taken():
+        if self.comparing or attention_is_taken():
             return plain(unit, *args, **kwargs)
         self.pending.discard(name)
         leaves, spec = tree_flatten((args, kwargs))
@@ -126,12 +126,12 @@ class Checks:
         kind = (self._kind(name), str(spec), values, self._given, modes(), unit.training, self._asked)
         if kind in self._right or _filled(unit, args, kwargs):
             return plain(unit, *args, **kwargs)
-        self._comparing = True
+        self.comparing = True
         try:
             with undisturbed():  # no other call may use modules that are temporarily whole
                 return self._compared(unit, name, kind, plain, args, kwargs)
         finally:
-            self._comparing = False
+            self.comparing = False
 
     def _compared(
         self, unit: Any, name: str, kind: Any, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

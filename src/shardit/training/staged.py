@@ -88,7 +88,7 @@ class Stages:
         if SWAPPED in vars(type(model)):
             raise InputError(f"{type(model).__name__} is parallel already: build the model anew for stages()")
         comm = Comm(mesh.pipeline)
-        blocks = _blocks_of(model, plan, comm.size)
+        blocks = _blocks_of(model, plan, comm.size, mesh.sizes["tp"])
         _compare_weights(model, mesh)
         place = placing(model, [block for _, block in blocks], config, schedule)  # the same on all tensor ranks
         self.slices = slice_model(model, mesh)
@@ -232,17 +232,17 @@ def _add_gradients(before: dict[nn.Parameter, torch.Tensor]) -> None:
         parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
 
 
-def _blocks_of(model: nn.Module, plan: Plan | None, stages: int) -> list[tuple[str, nn.Module]]:
-    """Return the blocks of a model. Raises UnsupportedError if several stages could not run them."""
-    if stages == 1:
+def _blocks_of(model: nn.Module, plan: Plan | None, stages: int, slices: int) -> list[tuple[str, nn.Module]]:
+    """Return the blocks of a model. Raises UnsupportedError if several stages or tensor ranks could not run them."""
+    if stages == slices == 1:
         return find_blocks(model, plan)
     unwrap_parts(model)
     blocks = find_blocks(model, plan)
-    if not blocks:
+    if not blocks and stages > 1:
         raise UnsupportedError(f"{type(model).__name__} has no block lists to cut: use pipeline_parallel_size=1")
     if name := compiled_around(model, [block for _, block in blocks]):
         raise UnsupportedError(
-            f"{name} is compiled, but its blocks run on several stages: call compile() of each block in its place"
+            f"{name} is compiled, but its blocks run on several ranks: call compile() of each block in its place"
         )
     return blocks
 

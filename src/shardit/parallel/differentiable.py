@@ -60,7 +60,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         return None, _total(ctx.ranks, gradient), *(None,) * ctx.learned
 
 
@@ -74,7 +74,7 @@ class _Join(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         return None, _checked(ctx.ranks).reduce_scatter(gradient, ctx.lengths, ctx.dim), None, None
 
 
@@ -88,7 +88,7 @@ class _OfFirst(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         total = _total(ctx.ranks, gradient)
         return None, total if ctx.ranks.index == 0 else total.zero_()
 

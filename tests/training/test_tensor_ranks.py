@@ -57,6 +57,17 @@ def test_more_tensor_ranks_than_key_heads() -> None:
     check(run_ranks(4, functools.partial(all_of, tensor_parallel_size=4), ("llama",), timeout=200), 1)
 
 
+def of_uneven(rank: int, size: int, method: str) -> dict[str, Any]:
+    join(rank, size, method)
+    four = replace(task("llama"), build=lambda: families.make("llama", num_key_value_heads=4))
+    return {"llama": one_step(four, 3, {"tensor_parallel_size": size})}
+
+
+def test_slices_of_unequal_length() -> None:
+    """Three ranks have two, one and one of four heads."""
+    check(run_ranks(3, of_uneven, timeout=100), 1)
+
+
 @pytest.mark.parametrize(
     "more", [{"pipeline_parallel_size": 2}, {"data_parallel_size": 2}, {"pipeline_parallel_size": 2, "schedule": "zbv"}]
 )

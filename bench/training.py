@@ -29,7 +29,8 @@ from tests.support.ranks import run_ranks
 SCHEDULES = {"1f1b": 1, "interleaved": 2, "interleaved-zb": 2, "zbv": 2}
 """Chunks of each rank."""
 
-ONE, COPIES, REPLICAS, TORCH = "one rank", "two copies", "2 replicas", "torch's 1f1b, cut by hand"
+ONE, COPIES, REPLICAS, TENSOR = "one rank", "two copies", "2 replicas", "2 tensor ranks"
+TORCH = "torch's 1f1b, cut by hand"
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,9 @@ def step_of(kind: str, task: str, rank: int, size: Size, made: nn.Module | None 
         return accumulating(model, loss, batches) if rank == 0 or kind == COPIES else None
     if kind == TORCH:
         return HandCut(model, rank, size.micro_batches).step(batches)
+    if kind == TENSOR:
+        slices = training.stages(model, loss, tensor_parallel_size=2)
+        return lambda: slices.step(batches)
     if kind == REPLICAS:
         replicas = training.stages(model, loss, data_parallel_size=2)
         return lambda: replicas.step(batches[rank::2])
@@ -138,7 +142,7 @@ def step_of(kind: str, task: str, rank: int, size: Size, made: nn.Module | None 
 
 def kinds_of(task: str) -> list[str]:
     """Return all kinds of steps of a task."""
-    return [ONE, COPIES, *SCHEDULES, REPLICAS, *([TORCH] if task == "llama" else [])]
+    return [ONE, COPIES, *SCHEDULES, REPLICAS, TENSOR, *([TORCH] if task == "llama" else [])]
 
 
 def timed(rank: int, ranks: int, method: str, size: Size, task: str, turns: int) -> dict[str, Any]:
@@ -198,7 +202,7 @@ def _join(rank: int, ranks: int, method: str) -> None:
 
 def bound_of(kind: str, count: int) -> float:
     """Return the speedup of a kind over one rank, without communication, if two ranks are twice as fast as one."""
-    return 2.0 if kind == REPLICAS else 2 * count / (count + 1 / SCHEDULES.get(kind, 1))
+    return 2.0 if kind in (REPLICAS, TENSOR) else 2 * count / (count + 1 / SCHEDULES.get(kind, 1))
 
 
 def measure(size: Size, turns: int) -> dict[str, Any]:

@@ -62,7 +62,9 @@ def quick(name: str, target: Path, timeout: float) -> tuple[dict[str, Any], str]
 def test_quick_bench_of_training(tmp_path: Path) -> None:
     found, printed = quick("training", tmp_path / "result.json", 280)
     for task in found.values():
-        assert {"one rank", "two copies", "1f1b", "2 replicas"} <= {case["name"] for case in task["cases"]}
+        assert {"one rank", "two copies", "1f1b", "2 replicas", "2 tensor ranks"} <= {
+            case["name"] for case in task["cases"]
+        }
         losses = [case["loss"] for case in task["cases"] if case["loss"] is not None]
         assert max(losses) - min(losses) < 1e-5 * max(losses)
         for case in task["cases"]:

@@ -226,16 +226,16 @@ def test_the_server_imports_no_torch() -> None:
 
 BUDGET = {
     ".": 1315,
-    "core": 7606,
+    "core": 7700,
     "diffusion": 3990,
     "engine": 3060,
     "language": 2800,
     "loading": 1370,
     "models": 930,
-    "parallel": 4830,
+    "parallel": 5250,
     "server": 5310,
     "settings": 450,
-    "training": 4122,
+    "training": 4330,
 }
 """Lines of code of each folder, as `make size` counts them; a number is raised on purpose, or not at all."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from shardit.core.modules.hints import Plan
+from shardit.core.training.gradients.slices import TensorSlices
 from tests.language import families
 from tests.support import survey_models
 from tests.support.survey_models import Draw
@@ -79,13 +80,22 @@ def accumulate(model: nn.Module, loss: Any, batches: list[Any], weights: list[fl
     return total
 
 
-def worst(named: Any, plain: nn.Module) -> tuple[float, int, list[str]]:
+def worst(
+    named: Any, plain: nn.Module, slices: TensorSlices | None = None, others: Sequence[nn.Module] = ()
+) -> tuple[float, int, list[str]]:
     """Compare gradients: the largest relative difference, how many were compared, and names of those that only one
-    of the two has."""
+    of the two has. slices: those of a tensor rank are compared with the same parts of whole gradients. others: models
+    with other last bits, see `rounded`; differences are counted as far as they exceed those of these models."""
     expected = dict(plain.named_parameters())
+    moved = [dict(other.named_parameters()) for other in others]
     largest, count, only = 0.0, 0, []
     for name, parameter in named:
-        want, got = expected[name].grad, parameter.grad
+        cut = slices.cuts.get(name) if slices is not None else None
+        got = parameter.grad
+        want, *near = (
+            one if one is None or cut is None or slices is None else cut.of(slices.index).take(one)
+            for one in (expected[name].grad, *(other[name].grad for other in moved))
+        )
         if want is None or not want.numel() or float(want.abs().max()) < 1e-9:
             if got is not None and got.numel() and float(got.abs().max()) > 1e-8:
                 only.append(f"{name}: a gradient where one rank has none")
@@ -93,5 +103,26 @@ def worst(named: Any, plain: nn.Module) -> tuple[float, int, list[str]]:
             only.append(f"{name}: no gradient")
         else:
             count += 1
-            largest = max(largest, float((got.double() - want.double()).norm() / want.double().norm()))
+            floor = max((_apart(one, want) for one in near if one is not None), default=0.0)
+            largest = max(largest, max(0.0, _apart(got, want) - ROUNDING * floor) / float(want.double().norm()))
     return largest, count, only
+
+
+def _apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one.double() - other.double()).norm())
+
+
+ROUNDING = 4
+"""Times the effect of other last bits of the weights that a difference may be."""
+
+
+def rounded(chosen: Task, count: int, seed: int) -> nn.Module:
+    """Return one rank's model with the gradients of a step in which each weight has another last bit."""
+    made = chosen.build()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in (one for one in made.parameters() if one.is_floating_point()):
+            up = torch.rand(parameter.shape, generator=generator) < 0.5
+            parameter.copy_(torch.nextafter(parameter, torch.where(up, torch.inf, -torch.inf)))
+    accumulate(made, chosen.loss, [chosen.batch(number, False) for number in range(count)])
+    return made

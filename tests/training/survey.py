@@ -1,7 +1,8 @@
-"""Survey of gradients over two stages: every class of diffusers that the survey of calls has, 1F1B.
+"""Survey of gradients over two stages (1F1B) or two tensor ranks: every class of diffusers that the survey of calls
+has.
 
-`python -m tests.training.survey [NAME ...]` prints a line for each class, and the totals. NAME: a class of diffusers,
-or a family of causal language models.
+`python -m tests.training.survey [--tensor] [NAME ...]` prints a line for each class, and the totals. NAME: a class of
+diffusers, or a family of causal language models.
 """
 
 from __future__ import annotations
@@ -15,23 +16,26 @@ from tests.support.ranks import RanksFailed, run_ranks
 from tests.training.models import survey_ids, task
 from tests.training.runs import join, one_step
 
+STAGES, TENSOR = "pipeline_parallel_size", "tensor_parallel_size"
+
 AT_ONCE = 8
 """Classes that a group of ranks runs before it is restarted."""
 
 CLOSE = 2e-6
-"""Largest relative difference of a gradient, and of the loss."""
+"""Largest relative difference of the loss, and of a gradient: on tensor ranks beyond the effect of rounding."""
 
 
-def measure(rank: int, size: int, method: str, names: list[str]) -> list[tuple[str, str]]:
+def measure(rank: int, size: int, method: str, names: list[str], axis: str) -> list[tuple[str, str]]:
     """Return the outcome of each class on this rank, up to one that ends the ranks."""
     join(rank, size, method)
     logging.disable(logging.WARNING)
     found = []
     for name in names:
         try:
-            got = one_step(task(name), 3, {"pipeline_parallel_size": size})
-            right = not got["only"] and got["worst"] < CLOSE and got["loss"] < CLOSE and got["compared"] > 0
-            text = f"{got['worst']:.1e} over {got['compared']} of {got['of']} parameters, loss {got['loss']:.0e}"
+            got = one_step(task(name), 3, {axis: size})
+            right = not got["only"] and got["beyond"] < CLOSE and got["loss"] < CLOSE and got["compared"] > 0
+            more = f" ({got['beyond']:.1e} beyond rounding)" if got["beyond"] != got["worst"] else ""
+            text = f"{got['worst']:.1e}{more} over {got['compared']} of {got['of']} parameters, loss {got['loss']:.0e}"
             found.append((name, f"right: {text}" if right else f"WRONG: {text} {got['only'][:2]}"))
         except RankError as error:
             found.append((name, f"ended: {error}"))
@@ -43,12 +47,12 @@ def measure(rank: int, size: int, method: str, names: list[str]) -> list[tuple[s
     return found
 
 
-def outcomes(names: list[str]) -> dict[str, str]:
+def outcomes(names: list[str], axis: str = STAGES) -> dict[str, str]:
     """Measure the classes (all, if none is named), print a line for each, and return what became of each."""
     todo, found = list(names or survey_ids()), dict[str, str]()
     while todo:
         try:
-            of_ranks = run_ranks(2, measure, todo[:AT_ONCE], timeout=200)
+            of_ranks = run_ranks(2, measure, todo[:AT_ONCE], axis, timeout=200)
         except RanksFailed as error:
             of_ranks = [[(todo[0], f"ended: {str(error).splitlines()[-1]}")]] * 2
         for one, other in zip(*of_ranks, strict=False):
@@ -60,4 +64,6 @@ def outcomes(names: list[str]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    print(dict(Counter(text.partition(":")[0] for text in outcomes(sys.argv[1:]).values())))
+    given = [one for one in sys.argv[1:] if one != "--tensor"]
+    measured = outcomes(given, STAGES if given == sys.argv[1:] else TENSOR)
+    print(dict(Counter(text.partition(":")[0] for text in measured.values())))

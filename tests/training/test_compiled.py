@@ -39,18 +39,19 @@ def parts(model: Any, blocks: nn.ModuleList) -> None:
     model.lm_head.compile(backend=BACKEND)
 
 
-def compiled(rank: int, size: int, method: str, schedule: str, how: Callable[..., None]) -> list[float]:
+def compiled(rank: int, size: int, method: str, schedule: str, how: Callable[..., None], **axes: int) -> list[float]:
     """A step with compiled blocks, compared with one rank without; return the largest differences."""
     join(rank, size, method)
     chosen = task("llama")
     plain, model = chosen.build(), chosen.build()
     how(model, model.model.layers)  # pyright: ignore
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    staged = training.stages(model, chosen.loss, schedule=schedule, pipeline_parallel_size=size, timeout_s=60)
+    axes = axes or {"pipeline_parallel_size": size}
+    staged = training.stages(model, chosen.loss, schedule=schedule, timeout_s=60, **axes)
     batches = [chosen.batch(number, False) for number in range(3)]
     expected = accumulate(plain, chosen.loss, batches)
     value = float(staged.step(batches))
-    largest, compared, only = worst(staged.named_parameters(), plain)
+    largest, compared, only = worst(staged.named_parameters(), plain, staged.slices)
     assert compared
     assert not only, only
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
@@ -61,6 +62,12 @@ def compiled(rank: int, size: int, method: str, schedule: str, how: Callable[...
 def test_compiled_blocks(schedule: str, how: Callable[..., None]) -> None:
     for found in run_ranks(2, functools.partial(compiled, schedule=schedule, how=how), timeout=120):
         assert max(found) < CLOSE, found
+
+
+def test_compiled_blocks_with_slices() -> None:
+    on_slices = functools.partial(compiled, schedule="1f1b", how=wrapped, tensor_parallel_size=2)
+    for found in run_ranks(2, on_slices, timeout=120):
+        assert max(found) < 1e-5, found
 
 
 def compiled_whole(rank: int, size: int, method: str) -> list[str]:

@@ -35,8 +35,8 @@ def _half() -> Task:
     return replace(base, build=lambda: base.build().to(torch.bfloat16), batch=batch)
 
 
-def distances(rank: int, size: int, method: str) -> dict[str, tuple[float, ...]]:
-    """For each kind: the distances of stages to one rank, of the last block alone, and of one rank to float32."""
+def distances(rank: int, size: int, method: str, axis: str = "pipeline_parallel_size") -> dict[str, tuple[float, ...]]:
+    """For each kind: the distances of ranks to one rank, of the last block alone, and of one rank to float32."""
     join(rank, size, method)
     found = {}
     for name, chosen in (("autocast", _autocast()), ("bfloat16", _half())):
@@ -44,14 +44,14 @@ def distances(rank: int, size: int, method: str) -> dict[str, tuple[float, ...]]
         plain, whole, model = chosen.build(), wan().build(), chosen.build()
         expected = accumulate(plain, chosen.loss, batches)
         accumulate(whole, wan().loss, [wan().batch(number, False) for number in range(4)])
-        staged = training.stages(model, chosen.loss, pipeline_parallel_size=size, timeout_s=30)
+        staged = training.stages(model, chosen.loss, timeout_s=30, **{axis: size})
         value = float(staged.step(batches))
         assert abs(value - expected) < 1e-2 * expected
-        largest, compared, only = worst(staged.named_parameters(), plain)
+        largest, compared, only = worst(staged.named_parameters(), plain, staged.slices)
         assert compared
         assert not only
         last = [(key, p) for key, p in staged.named_parameters() if key.startswith("blocks.4.")]
-        found[name] = largest, worst(last, plain)[0], worst(plain.named_parameters(), whole)[0]
+        found[name] = largest, worst(last, plain, staged.slices)[0], worst(plain.named_parameters(), whole)[0]
     return found
 
 
@@ -61,6 +61,13 @@ def test_half_precision_is_within_the_noise_of_one_rank() -> None:
             print(name, distance, last, noise)
             assert distance < noise < 0.1, name
             assert last < 1e-6, name  # its gradients are sums over micro-batches alone, in the same order
+
+
+def test_half_precision_on_slices() -> None:
+    """The partial sums of slices are rounded, too."""
+    for found in run_ranks(2, distances, "tensor_parallel_size", timeout=100):
+        for name, (distance, _, noise) in found.items():
+            assert distance < 2 * noise < 0.1, (name, distance, noise)
 
 
 def outside(rank: int, size: int, method: str) -> float:

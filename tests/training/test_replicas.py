@@ -102,7 +102,7 @@ def mistakes(rank: int, size: int, method: str) -> list[str]:
     def two(**options: Any) -> training.Stages:
         return training.stages(chosen.build(), chosen.loss, pipeline_parallel_size=size, timeout_s=30, **options)
 
-    refused(lambda: training.stages(chosen.build(), chosen.loss, tensor_parallel_size=2))
+    refused(lambda: training.stages(chosen.build(), chosen.loss, ulysses_degree=2))
     refused(lambda: two(transport="host"))
     refused(lambda: two(schedule="zigzag"))
     refused(lambda: two(pipeline_chunks=2))
@@ -134,7 +134,7 @@ def mistakes(rank: int, size: int, method: str) -> list[str]:
 
 def test_mistakes_are_named_in_one_line() -> None:
     parts = (
-        "tensor_parallel_size=2",
+        "ulysses_degree=2: training takes only 1",
         "transport='host'",
         "schedule='zigzag' must be one of gpipe",
         "pipeline_chunks=2",

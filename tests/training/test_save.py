@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -29,14 +30,16 @@ def adapted(model: Any, name: str) -> Any:
     return get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
 
 
-def trained(rank: int, size: int, method: str, name: str, folder: str, adapter: bool, steps: int) -> list[str]:
-    """Train over stages with AdamW and save; return the norms before clipping, and errors."""
+def trained(
+    rank: int, size: int, method: str, name: str, folder: str, adapter: bool, steps: int, **axes: int
+) -> list[float]:
+    """Train over stages, or the given axes, with AdamW and save; return the norms before clipping."""
     join(rank, size, method)
     chosen = task(name)
     model: Any = chosen.build()
     if adapter:
         model = adapted(model, name)
-    staged = training.stages(model, chosen.loss, pipeline_parallel_size=size, timeout_s=30)
+    staged = training.stages(model, chosen.loss, timeout_s=30, **(axes or {"pipeline_parallel_size": size}))
     optimizer = torch.optim.AdamW([p for p in staged.parameters() if p.requires_grad], lr=1e-2)
     found = []
     for step in range(steps):
@@ -72,10 +75,14 @@ def plainly(name: str, adapter: bool, steps: int) -> tuple[Any, list[float]]:
     return model, norms
 
 
-def close(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+TENSOR = functools.partial(trained, tensor_parallel_size=2)
+BOTH = functools.partial(TENSOR, pipeline_parallel_size=2)
+
+
+def close(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], bound: float = 2e-6) -> None:
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert (got[name] - tensor).norm() <= 2e-6 * tensor.norm() + 1e-7, name
+        assert (got[name] - tensor).norm() <= bound * tensor.norm() + 1e-7, name
 
 
 def test_a_lora_of_two_stages_is_that_of_one_rank_and_loads_in_plain_diffusers(tmp_path: Path) -> None:
@@ -143,6 +150,30 @@ def test_an_adapter_of_a_language_model_loads_in_plain_peft(tmp_path: Path) -> N
     with torch.no_grad():
         assert (loaded(ids).logits - plain(ids).logits).abs().max() < 1e-5
         assert (loaded(ids).logits - task("llama").build()(ids).logits).abs().max() > 1e-3  # pyright: ignore
+
+
+@pytest.mark.parametrize(("size", "train"), [(2, TENSOR), (4, BOTH)])
+def test_slices_are_saved_whole(size: int, train: Any, tmp_path: Path) -> None:
+    """A language model, an adapter of one with its norms, and a LoRA of diffusers."""
+    from transformers import AutoModelForCausalLM
+
+    of_ranks = run_ranks(size, train, "llama", str(tmp_path / "model"), False, 2, timeout=100)
+    plain, norms = plainly("llama", False, 2)
+    assert all(found == of_ranks[0] == pytest.approx(norms, rel=5e-5) for found in of_ranks)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    close(loaded.state_dict(), plain.state_dict(), 2e-4)
+    of_ranks = run_ranks(size, train, "llama", str(tmp_path / "adapter"), True, 2, timeout=100)
+    plain, norms = plainly("llama", True, 2)
+    assert all(found == of_ranks[0] == pytest.approx(norms, rel=5e-5) for found in of_ranks)
+    plain.save_pretrained(tmp_path / "plain")
+    file = "adapter_model.safetensors"
+    close(load_file(tmp_path / "adapter" / file), load_file(tmp_path / "plain" / file), 2e-4)
+    run_ranks(size, train, "WanTransformer3DModel", str(tmp_path / "lora"), True, 1, timeout=100)
+    plain, _ = plainly("WanTransformer3DModel", True, 1)
+    plain.save_lora_adapter(tmp_path / "plain-lora")
+    file = "pytorch_lora_weights.safetensors"
+    expected = {f"transformer.{name}": one for name, one in load_file(tmp_path / "plain-lora" / file).items()}
+    close(load_file(tmp_path / "lora" / file), expected, 2e-4)
 
 
 def test_a_folder_is_replaced_without_a_moment_in_which_there_is_none(

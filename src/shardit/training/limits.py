@@ -10,12 +10,15 @@ SCHEDULES = ("gpipe", "1f1b", "interleaved", "interleaved-zb", "zbv")
 with weight gradients in the gaps; two chunks a rank, on the way there and back, with weight gradients in the gaps."""
 
 
+_AXES = ("data_parallel_size", "pipeline_parallel_size", "tensor_parallel_size")
+
+
 def check_degrees(config: DiffusionParallelConfig, schedule: str) -> None:
     """Raise an error for degrees and schedules that training does not have."""
     for name in DEGREES.values():
-        if name not in ("data_parallel_size", "pipeline_parallel_size") and getattr(config, name) > 1:
+        if name not in _AXES and getattr(config, name) > 1:
             raise UnsupportedError(
-                f"{name}={getattr(config, name)}: training takes only 1; use more stages or replicas"
+                f"{name}={getattr(config, name)}: training takes only 1; use more stages, tensor ranks or replicas"
             )
     if config.transport == "host":
         raise UnsupportedError("transport='host': torch's schedules send between devices themselves; use 'auto'")

@@ -22,8 +22,8 @@ _STRIDE = 0x9E3779B97F4A7C15
 @dataclass(frozen=True)
 class StepPlan:
     """The micro-batches of this replica, without those of weight 0; factors: their shares of the mean over all
-    replicas; seeds: of their random numbers, the same for any numbers of stages and replicas. first: the first
-    micro-batch that was given, of whatever weight."""
+    replicas; seeds: of their random numbers, the same for any numbers of ranks. first: the first micro-batch that was
+    given, of whatever weight."""
 
     batches: list[Any]
     factors: list[float]
@@ -32,18 +32,18 @@ class StepPlan:
 
 
 def plan_step(micro_batches: Sequence[Any], weights: Any, mesh: Mesh, state: Any, example: Any = None) -> StepPlan:
-    """Compare what the stages were given and their `state`, and count over the replicas. example: a micro-batch like
-    those of other replicas, for one that has none. Collective; raises InputError on all ranks."""
+    """Compare what the ranks of a replica were given and their `state`, and count over the replicas. example: a
+    micro-batch like those of other replicas, for one that has none. Collective; raises InputError on all ranks."""
     problem, batches, numbers = _checked(micro_batches, weights, example)
     base = int(torch.randint(_SEEDS, ()))
     mine = {"problem": problem, "base": base, "batches": _digests(batches, numbers), "state": state}
-    of_stages = mesh.pipeline.gather_objects(mine)
-    base = of_stages[0]["base"]
-    problem = next((one["problem"] for one in of_stages if one["problem"]), None)
-    if problem is None and any(one["batches"] != mine["batches"] for one in of_stages):
-        problem = "stages were given different micro-batches: give all ranks of a replica the same"
-    if problem is None and any(one["state"] != state for one in of_stages):
-        problem = "stages differ in train() or eval(), requires_grad or autocast: set them alike on all ranks"
+    of_ranks = mesh.replica.gather_objects(mine)
+    base = of_ranks[0]["base"]
+    problem = next((one["problem"] for one in of_ranks if one["problem"]), None)
+    if problem is None and any(one["batches"] != mine["batches"] for one in of_ranks):
+        problem = "ranks were given different micro-batches: give all ranks of a replica the same"
+    if problem is None and any(one["state"] != state for one in of_ranks):
+        problem = "ranks differ in train() or eval(), requires_grad or autocast: set them alike on all ranks"
     replicas = mesh.axes.get("dp")
     summary = (problem, base, len(batches), math.fsum(numbers))
     everyone = replicas.gather_objects(summary) if replicas is not None else [summary]

@@ -16,6 +16,7 @@ from torch import nn
 
 from shardit.core.training.cut_loss import CutLoss
 from shardit.core.training.gather import whole
+from shardit.core.training.gradients.slices import TensorSlices
 from shardit.errors import InputError, first_line
 from shardit.loading.quiet import quiet
 
@@ -34,18 +35,22 @@ WEIGHTS = (
 
 
 def save_model(
-    model: nn.Module, cut_loss: CutLoss, folder: Path, also: Callable[[Path], object] | None = None
+    model: nn.Module,
+    cut_loss: CutLoss,
+    slices: TensorSlices,
+    folder: Path,
+    also: Callable[[Path], object] | None = None,
 ) -> str | None:
-    """Save a model over the stages of one pipeline; return what went wrong, on every stage. also: writes further files
-    into the folder. Collective."""
+    """Save a model over the stages and tensor ranks of one replica; return what went wrong, on every stage of the first
+    tensor rank. also: writes further files into the folder. Collective."""
     adapter = bool(getattr(model, "peft_config", None))
     problem = _mixture(model) if adapter else None
     if problem is not None:
         return problem
     comm = cut_loss.comm
     wanted: Callable[[str], bool] = _is_adapter if adapter else (lambda name: True)
-    with whole(cut_loss.cut, cut_loss.holdings, comm, wanted):
-        if comm.rank == 0:
+    with whole(cut_loss.cut, cut_loss.holdings, comm, slices, wanted):
+        if comm.rank == 0 and slices.index == 0:
             try:
                 _replace(folder, _writer(model, adapter), also)
             except Exception as error:

@@ -22,7 +22,6 @@ from shardit.core.modules.patching import SWAPPED
 from shardit.core.runtime.digests import digests
 from shardit.core.runtime.randomness import generators_kept
 from shardit.core.training.cut_loss import CutLoss
-from shardit.core.training.gradients.holdings import norm_of
 from shardit.core.training.gradients.sums import GradientSums, sum_gradients
 from shardit.core.training.schedules import DEFERRING
 from shardit.core.training.segment import StepData
@@ -31,8 +30,7 @@ from shardit.training.limits import check_degrees
 from shardit.training.placing import placing
 from shardit.training.plan_step import StepPlan, plan_step
 from shardit.training.save import save_model
-
-Loss = Callable[[Any, Any], torch.Tensor]
+from shardit.training.tensor import Loss, slice_model, watching_reads
 
 _log = logging.getLogger("shardit")
 
@@ -49,11 +47,12 @@ def stages(
     timeout_s: float = TIMEOUT_S,
     **parallel: Any,
 ) -> Stages:
-    """Cut a model into stages for training; works in place.
+    """Cut a model into stages, and the weights of each over tensor ranks, for training; works in place.
 
     Collective: every rank holds the same model and calls this, and later `step`, alike. The process group is started
-    from the environment (torchrun) if there is none. After the first step, or at once if an `example` micro-batch is
-    given, each rank keeps the blocks that it owns, and no others. It may have others on meta from the start.
+    from the environment (torchrun) if there is none. Weights are cut over tensor ranks at once. After the first step,
+    or at once if an `example` micro-batch is given, each rank keeps the blocks that it owns, and no others. It may have
+    others on meta from the start.
 
     loss: loss(model, micro_batch) returns a tensor with one number. schedule: "gpipe", "1f1b", "interleaved",
     "interleaved-zb" or "zbv".
@@ -77,8 +76,8 @@ def stages(
 
 
 class Stages:
-    """A model and its loss over stages and replicas. All methods are collective but `parameters` and
-    `named_parameters`."""
+    """A model and its loss over stages, tensor ranks and replicas. All methods are collective but `parameters` and
+    `named_parameters`. slices: the cuts of its weights over tensor ranks."""
 
     def __init__(
         self,
@@ -94,15 +93,17 @@ class Stages:
         if SWAPPED in vars(type(model)):
             raise InputError(f"{type(model).__name__} is parallel already: build the model anew for stages()")
         comm = Comm(mesh.pipeline)
-        blocks = _blocks_of(model, plan, comm.size)
+        blocks = _blocks_of(model, plan, comm.size, mesh.sizes["tp"])
         _compare_weights(model, mesh)
+        place = placing(model, [block for _, block in blocks], config, schedule)  # the same on all tensor ranks
+        self.slices = slice_model(model, mesh)
         cut = CutModel(model, blocks, [0] * len(blocks))
         if comm.size > 1:
             install(blocks, cut.calls)
-        place = placing(model, [block for _, block in blocks], config, schedule)
         if place.note is not None and mesh.rank == 0:
             _log.warning("%s", place.note)
-        self.cut_loss = CutLoss(cut, loss, comm, schedule, place, plan, check_gradients)
+        loss = watching_reads(model, loss, self.slices)
+        self.cut_loss = CutLoss(cut, loss, comm, mesh.replica, schedule, place, plan, check_gradients)
         self._sums: GradientSums | None = None
 
     def step(
@@ -114,9 +115,9 @@ class Stages:
     ) -> torch.Tensor:
         """Add the gradients of the mean loss of the micro-batches to those of the parameters; return the mean.
 
-        Stages get the same micro-batches, replicas their own; the mean is over those of all replicas, by `weights`
-        (say, numbers of tokens) if they are given. A micro-batch of weight 0 is left out. A replica may have none in a
-        step, if it gives an `example` of them.
+        All ranks of a replica get the same micro-batches, replicas their own; the mean is over those of all replicas,
+        by `weights` (say, numbers of tokens) if they are given. A micro-batch of weight 0 is left out. A replica may
+        have none in a step, if it gives an `example` of them.
         """
         planned = plan_step(micro_batches, weights, self.mesh, self.cut_loss.state(), example)
         self._settle(planned.first, next(iter(planned.seeds), 0))
@@ -126,14 +127,14 @@ class Stages:
             if sums is not None:
                 sums.begin(len(planned.batches))
             with generators_kept(self.mesh.device), torch.enable_grad():
-                total = self.cut_loss.step(_data(planned))
+                total = self.cut_loss.step(self._data(planned))
             self._sum_gradients(sums)
         finally:
             _add_gradients(before)
         return self._mean(total)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Return the parameters that this rank owns, with their names in the model."""
+        """Return the parameters that this rank owns, with their names in the model: slices of them on tensor ranks."""
         yield from self.cut_loss.holdings.own.items()
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -141,7 +142,7 @@ class Stages:
         yield from self.cut_loss.holdings.own.values()
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
-        """Scale the gradients so that their norm over all stages is at most `max_norm`; return the norm before."""
+        """Scale the gradients so that their norm over all ranks is at most `max_norm`; return the norm before."""
         norm = self.grad_norm()
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for parameter in self.parameters():
@@ -150,10 +151,10 @@ class Stages:
         return norm.float()
 
     def grad_norm(self) -> torch.Tensor:
-        """Return the norm of the gradients over all stages, in float64."""
+        """Return the norm of the gradients over all stages and tensor ranks, in float64."""
         held, comm = self.cut_loss.holdings, self.cut_loss.comm
-        mine = [parameter for name, parameter in held.own.items() if held.owner[name] == comm.rank]
-        return comm.group.all_reduce(norm_of(mine).to(self.mesh.device)).sqrt()
+        mine = {name: parameter for name, parameter in held.own.items() if held.owner[name] == comm.rank}
+        return self._over_ranks(self.slices.squares(mine).to(self.mesh.device)).sqrt()
 
     def save_pretrained(self, folder: str | os.PathLike[str], also: Callable[[Path], object] | None = None) -> None:
         """Save the model as one ordinary folder of its library, with original names; a model with an adapter of peft
@@ -165,10 +166,10 @@ class Stages:
         """
         problem = None
         if self.mesh.coords["dp"] == 0:
-            problem = save_model(self.model, self.cut_loss, Path(folder), also)
-        replicas = self.mesh.axes.get("dp")
-        if replicas is not None:
-            problem = replicas.broadcast_object(problem, 0)
+            problem = save_model(self.model, self.cut_loss, self.slices, Path(folder), also)
+        for axis in ("tp", "dp"):
+            if axis in self.mesh.axes:
+                problem = self.mesh.axes[axis].broadcast_object(problem, 0)
         if problem is not None:
             raise InputError(problem)
 
@@ -203,7 +204,7 @@ class Stages:
         return self._sums
 
     def _sum_gradients(self, sums: GradientSums | None) -> None:
-        """Sum the gradients of shared parameters over stages, and of all parameters over replicas."""
+        """Sum the gradients of shared parameters over stages, of whole ones over tensor ranks, all over replicas."""
         held, comm = self.cut_loss.holdings, self.cut_loss.comm
         if sums is not None:
             sums.finish()  # first: some of its messages are on their way
@@ -212,12 +213,22 @@ class Stages:
         if sums is not None:
             own = [parameter for parameter in shared if parameter.requires_grad and not parameter.is_meta]
             sum_gradients(own, sums.group)
+        self.slices.sum_gradients(held.own)
 
     def _mean(self, total: torch.Tensor) -> torch.Tensor:
-        for group in (self.cut_loss.comm.group, self.mesh.axes.get("dp")):
-            if group is not None:
-                total = group.all_reduce(total)
-        return total.float()
+        replicas, total = self.mesh.axes.get("dp"), self._over_ranks(total)
+        return (total if replicas is None else replicas.all_reduce(total)).float()
+
+    def _over_ranks(self, number: torch.Tensor) -> torch.Tensor:
+        """Sum a number over the stages and tensor ranks of this replica."""
+        for group in (self.cut_loss.comm.group, self.mesh.axes.get("tp")):
+            number = number if group is None else group.all_reduce(number)
+        return number
+
+    def _data(self, planned: StepPlan) -> StepData:
+        """Return the micro-batches of a step. The loss of each is the mean of those that the tensor ranks compute."""
+        factors = [factor / self.slices.count for factor in planned.factors]
+        return StepData(planned.batches, factors, planned.seeds)
 
 
 def _add_gradients(before: dict[nn.Parameter, torch.Tensor]) -> None:
@@ -226,21 +237,17 @@ def _add_gradients(before: dict[nn.Parameter, torch.Tensor]) -> None:
         parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
 
 
-def _data(planned: StepPlan) -> StepData:
-    return StepData(planned.batches, planned.factors, planned.seeds)
-
-
-def _blocks_of(model: nn.Module, plan: Plan | None, stages: int) -> list[tuple[str, nn.Module]]:
-    """Return the blocks of a model. Raises UnsupportedError if several stages could not run them."""
-    if stages == 1:
+def _blocks_of(model: nn.Module, plan: Plan | None, stages: int, slices: int) -> list[tuple[str, nn.Module]]:
+    """Return the blocks of a model. Raises UnsupportedError if several stages or tensor ranks could not run them."""
+    if stages == slices == 1:
         return find_blocks(model, plan)
     unwrap_parts(model)
     blocks = find_blocks(model, plan)
-    if not blocks:
+    if not blocks and stages > 1:
         raise UnsupportedError(f"{type(model).__name__} has no block lists to cut: use pipeline_parallel_size=1")
     if name := compiled_around(model, [block for _, block in blocks]):
         raise UnsupportedError(
-            f"{name} is compiled, but its blocks run on several stages: call compile() of each block in its place"
+            f"{name} is compiled, but its blocks run on several ranks: call compile() of each block in its place"
         )
     return blocks
 
@@ -252,7 +259,7 @@ def _compare_weights(model: nn.Module, mesh: Mesh) -> None:
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     absent = {name: None for name, tensor in tensors.items() if tensor.is_meta}
     mine = {**digests({name: one for name, one in tensors.items() if name not in absent}), **absent}
-    groups = [group for group in (mesh.pipeline, mesh.axes.get("dp")) if group is not None]
+    groups = [group for group in (mesh.replica, mesh.axes.get("dp")) if group is not None]
     of_ranks = [one for group in groups for one in group.gather_objects(mine)]
     found = [name for one in of_ranks for name in {**one, **mine} if _differ(one.get(name, b""), mine.get(name, b""))]
     for group in groups:  # other stages of two replicas may have the weights that differ

@@ -22,10 +22,12 @@ from tests.training.diffusion.folders import samples_of, settings_of, stir
 from tests.training.models import accumulate, worst
 from tests.training.runs import join
 
+STAGES = "pipeline_parallel_size"
 
-def staged_recipe(name: str, folder: str, size: int, **more: Any) -> TrainingRecipe:
-    """The recipe on one of `size` stages."""
-    mesh = init_mesh(DiffusionParallelConfig(pipeline_parallel_size=size))
+
+def staged_recipe(name: str, folder: str, size: int, axis: str = STAGES, **more: Any) -> TrainingRecipe:
+    """The recipe on one of `size` stages, or ranks of another axis."""
+    mesh = init_mesh(DiffusionParallelConfig(**{axis: size}))
     made = recipe(settings_of(name, folder, **more), mesh)
     for model in made.models.values():
         stir(model)
@@ -42,24 +44,26 @@ def accumulated(loss: Any, model: Any, batches: list[MicroBatch]) -> float:
     return accumulate(model, loss, [one.data for one in batches], [one.weight for one in batches])
 
 
-def gradients(rank: int, size: int, method: str, names: list[str], folders: dict[str, str], more: Any = ()) -> Any:
-    """Return for each family how the gradients of a step over stages differ from those of one rank."""
+def gradients(
+    rank: int, size: int, method: str, names: list[str], folders: dict[str, str], more: Any = (), axis: str = STAGES
+) -> Any:
+    """Return for each family how the gradients of a step over ranks differ from those of one rank."""
     join(rank, size, method)
-    return {name: _one(name, folders.get(name, ""), size, dict(more)) for name in names}
+    return {name: _one(name, folders.get(name, ""), size, dict(more), axis) for name in names}
 
 
-def _one(name: str, model: str, size: int, more: dict[str, Any]) -> dict[str, Any]:
+def _one(name: str, model: str, size: int, more: dict[str, Any], axis: str) -> dict[str, Any]:
     kind = "moving" if name.startswith("wan") else "still"
     given = {"model": model, "batch_size": 2, "accumulation": 3, "data": f"shapes:{kind}:5", **more}
     with tempfile.TemporaryDirectory() as folder:
-        made = staged_recipe(name, folder, size, **given)
+        made = staged_recipe(name, folder, size, axis, **given)
         found = {}
         for part, batches in of_models(made.micro_batches(0, 0, 1)).items():
             plain = copy.deepcopy(made.models[part])
             expected = accumulated(made.loss, plain, batches)
-            staged = training.stages(made.models[part], made.loss, pipeline_parallel_size=size, timeout_s=60)
+            staged = training.stages(made.models[part], made.loss, timeout_s=60, **{axis: size})
             value = staged.step([one.data for one in batches], [one.weight for one in batches])
-            largest, compared, only = worst(staged.named_parameters(), plain)
+            largest, compared, only = worst(staged.named_parameters(), plain, staged.slices)
             relative = abs(float(value) - expected) / expected
             text = [name for name, one in staged.named_parameters() if name.startswith("text") and one.grad is not None]
             bound = 2e-6 if largest < 2e-6 else 2 * noise(made.loss, plain, batches)

@@ -37,3 +37,16 @@ def test_text_encoders_that_are_trained_over_two_stages() -> None:
     for rank in of_ranks:
         assert rank["sdxl"]["unet"]["of_text"] == 24  # the last layer of the first encoder is not used
         assert rank["sd"]["unet"]["of_text"] == 16
+
+
+TENSOR = "tensor_parallel_size"
+
+
+@pytest.mark.parametrize("names", [("wan2.2-t2v", "flux"), pytest.param(TINY, marks=pytest.mark.full)])
+def test_a_lora_over_two_tensor_ranks(names: tuple[str, ...]) -> None:
+    check(run_ranks(2, gradients, list(names), FOLDERS, (), TENSOR, timeout=200), names)
+
+
+def test_text_encoders_stay_whole_on_tensor_ranks() -> None:
+    more = {"train_text_encoder": True, "caption_dropout": 0.3}
+    check(run_ranks(2, gradients, ["sdxl"], FOLDERS, more, TENSOR, timeout=200), ("sdxl",))

@@ -15,7 +15,13 @@ from shardit.training.run.messages import SESSION, TrainSpec
 from shardit.training.settings import TrainSettings
 
 TOY = "tests.training.run.toy"
-PARALLEL = ("pipeline_parallel_size", "data_parallel_size", "pipeline_chunks", "layer_partition")
+PARALLEL = (
+    "pipeline_parallel_size",
+    "tensor_parallel_size",
+    "data_parallel_size",
+    "pipeline_chunks",
+    "layer_partition",
+)
 
 
 def spec(output: Path, **given: Any) -> TrainSpec:

@@ -109,7 +109,7 @@ def test_flags_and_keys_are_the_same() -> None:
         ("shift = 3.0\ntimesteps = 'uniform'", ("shift has an effect with timesteps=shifted alone",)),
         ("sample_every = 3", ("needs prompts", "--sample-prompts")),
         ("validation_data = 'x'", ("--validate-every N",)),
-        ("tensor_parallel_size = 2", ("there is no key 'tensor_parallel_size'",)),
+        ("ulysses_degree = 2", ("there is no key 'ulysses_degree'",)),
     ],
 )
 def test_mistakes_in_a_file_are_named(text: str, parts: tuple[str, ...], tmp_path: Path) -> None:

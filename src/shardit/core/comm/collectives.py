@@ -13,7 +13,8 @@ from shardit.core.runtime.yielding import yield_while_waiting
 class Collectives:
     """Collectives of the ranks of one axis on shards. Every wait is bounded and ends in RankError.
 
-    sent_bytes, messages: bytes that this rank has sent to others, and number of calls.
+    sent_bytes, messages: bytes that this rank has sent to others, and number of calls. trains: the ranks train a model
+    together, so backward passes may use these operations.
     """
 
     def __init__(self, group: GroupCoordinator):
@@ -21,6 +22,7 @@ class Collectives:
         self.index, self.size = group.rank_in_group, group.world_size
         self.sent_bytes = 0
         self.messages = 0
+        self.trains = False
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the sum over all ranks, in place; the same bits on every rank."""
@@ -38,6 +40,18 @@ class Collectives:
         parts[self.index].copy_(front)
         self._exchange([front] * self.size, list(parts))
         return full.movedim(0, dim)
+
+    def reduce_scatter(self, full: torch.Tensor, sizes: Sequence[int], dim: int) -> torch.Tensor:
+        """Return this rank's part of the sum of the tensors of all ranks; sizes[i] is the length of rank i's along
+        `dim`."""
+        sends = [part.contiguous() for part in full.movedim(dim, 0).split(list(sizes))]
+        own = sends[self.index]
+        receives = [own if rank == self.index else torch.empty_like(own) for rank in range(self.size)]
+        self._exchange(sends, receives)
+        total = receives[0]
+        for part in receives[1:]:
+            total = total + part
+        return total.movedim(0, dim)
 
     def of_first(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the first rank's tensor, of which every rank has one of the same shape."""

@@ -60,6 +60,26 @@ class Shards:
         return tuple(self.of(rank).length for rank in range(len(self.ranks)))
 
     @property
+    def copied(self) -> bool:
+        """Whether ranks have copies of parts, or one rank has a part twice."""
+        return sum(self.lengths) > self.total
+
+    def first_runs(self, rank: int) -> list[tuple[int, int]]:
+        """Return the runs of a rank's slice, as (start in the slice, length), that neither an earlier rank has, nor the
+        slice itself further up."""
+        known = {at for one in self.ranks[:rank] for start, length in one for at in range(start, start + length)}
+        runs: list[tuple[int, int]] = []
+        place = 0
+        for start, length in self.ranks[rank]:
+            for at in range(start, start + length):
+                if at not in known:
+                    begin, count = runs.pop() if runs and sum(runs[-1]) == place else (place, 0)
+                    runs.append((begin, count + 1))
+                    known.add(at)
+                place += 1
+        return runs
+
+    @property
     def everywhere(self) -> bool:
         """Whether every rank has all of it."""
         return all(length == self.total for length in self.lengths)

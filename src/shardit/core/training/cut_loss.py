@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from shardit.core.comm.group import GroupCoordinator
 from shardit.core.comm.p2p import Comm
 from shardit.core.modules.blocks import CutModel, drop_blocks
 from shardit.core.modules.hints import Plan
@@ -36,14 +37,15 @@ from shardit.errors import UnsupportedError
 class CutLoss:
     """A loss over the stages of one pipeline. The constructor and all methods are collective over them, but `holdings`.
 
-    place: gives the chunk of each block for an order of the blocks. compares: the first gradients, with those
-    without a schedule. known: the schedules so far. settled: the order of
-    the blocks may not change any more. dropped: each stage has its own blocks alone.
+    replica: all ranks of the stages, with their tensor ranks. place: gives the chunk of each block for an order of the
+    blocks. compares: the first gradients, with those without a schedule. known: the schedules so far. settled: the
+    order of the blocks may not change any more. dropped: each stage has its own blocks alone.
     """
 
     cut: CutModel
     loss: Callable[[Any, Any], torch.Tensor]
     comm: Comm
+    replica: GroupCoordinator
     kind: str
     place: Callable[[Sequence[int]], list[int]]
     hints: Plan | None = None
@@ -146,7 +148,7 @@ class CutLoss:
         self.run.updates |= watched.updates
         step = StepData([batch], [1.0], [seed], {0: plain})
         if self.compares and not self.dropped:
-            self._expected = expected_gradients(self.run, self.comm, step, watched, self.run.plain.whole)
+            self._expected = expected_gradients(self.run, self.comm, self.replica, step, watched)
         self._settle(watched)
         course = self._course(watched, watched.trace.number(loss), len(plain))
         if len(set(self.comm.group.gather_objects(course.digest()))) > 1:
@@ -164,7 +166,8 @@ class CutLoss:
         expected, self._expected = self._expected, None
         if expected is not None:
             plain = {0: self._plain_results(batch, seed)} if schedules.course.plain_calls else {}
-            compare_gradients(schedules, StepData([batch], [1.0], [seed], plain), self.comm, self.holdings, expected)
+            step = StepData([batch], [1.0], [seed], plain)
+            compare_gradients(schedules, step, self.comm, self.replica, self.holdings, expected)
 
     def _settle(self, watched: WatchedLoss) -> None:
         """After the first watched loss: place blocks in the order in which they ran, release those of other stages."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from shardit.core.comm.group import GroupCoordinator
 from shardit.core.comm.p2p import Comm
 from shardit.core.modules.blocks import CutModel, inner_tensors
 from shardit.core.modules.state.buffers import buffers_kept
@@ -51,16 +52,18 @@ class Expected:
     how: str
 
 
-def expected_gradients(run: LossRun, comm: Comm, step: StepData, watched: WatchedLoss, whole: bool) -> Expected | None:
-    """Return the gradients of the watched micro-batch of `step`, before blocks are released. whole: all ranks have the
-    whole model. None if they cannot be computed. Collective."""
+def expected_gradients(
+    run: LossRun, comm: Comm, replica: GroupCoordinator, step: StepData, watched: WatchedLoss
+) -> Expected | None:
+    """Return the gradients of the watched micro-batch of `step`, before blocks are released; None if they cannot be
+    computed. Collective over the stages and their tensor ranks, the `replica`."""
     model, looks = run.cut.model, watched.looks.items()
     if any(one._backward_hooks or one._post_accumulate_grad_hooks for one in model.parameters()):
         _log.info("the first gradients are not compared: a parameter has a hook")
         return None
     outputs = sum(look.nbytes for address, look in looks if address.kind == "out")
     needed = KEPT * outputs + 2 * sum(one.nbytes for one in model.parameters() if one.requires_grad)
-    whole = whole and all(comm.group.gather_objects(needed < free_bytes(run.device)))
+    whole = run.plain.whole and all(replica.gather_objects(needed < free_bytes(run.device)))
     names = None if whole else _apart(run.cut, comm.rank)
     calls, found, problem = (None if whole else BlockNodes(run.cut, comm)), {}, None
     with _without_gradients(model.parameters()), buffers_kept(model), torch.enable_grad():
@@ -73,7 +76,7 @@ def expected_gradients(run: LossRun, comm: Comm, step: StepData, watched: Watche
             raise
         except Exception as error:  # of memory, or of a block that cannot run twice
             problem = f"{type(error).__name__}: {first_line(error)}"
-    problem = next((one for one in comm.group.gather_objects(problem) if one), None)
+    problem = next((one for one in replica.gather_objects(problem) if one), None)
     if problem is not None:
         _log.info("the first gradients are not compared: %s", problem)
         return None
@@ -93,9 +96,11 @@ def _apart(cut: CutModel, rank: int) -> set[str]:
     return {name for name, one in cut.model.named_parameters() if id(one) not in tied}
 
 
-def compare_gradients(schedules: Schedules, step: StepData, comm: Comm, held: Holdings, expected: Expected) -> None:
+def compare_gradients(
+    schedules: Schedules, step: StepData, comm: Comm, replica: GroupCoordinator, held: Holdings, expected: Expected
+) -> None:
     """Run a step of one micro-batch over the stages, and compare its gradients. Collective; raises UnsupportedError on
-    all stages if one differs."""
+    all ranks of the replica if one differs."""
     run = schedules.run
     own = {name: one for name, one in held.own.items() if name in expected.of}
     with _without_gradients(run.cut.model.parameters()), buffers_kept(run.cut.model), torch.enable_grad():
@@ -105,7 +110,7 @@ def compare_gradients(schedules: Schedules, step: StepData, comm: Comm, held: Ho
     bounds = {name: CLOSE_HALF if expected.half else CLOSE.get(own[name].dtype, CLOSE_HALF) for name in differences}
     largest = max(differences, key=lambda name: differences[name] / bounds[name], default=None)
     mine = None if largest is None else (differences[largest] / bounds[largest], differences[largest], largest)
-    of_ranks = [one for one in comm.group.gather_objects(mine) if one is not None]
+    of_ranks = [one for one in replica.gather_objects(mine) if one is not None]
     if not of_ranks:
         return
     share, difference, name = max(of_ranks)

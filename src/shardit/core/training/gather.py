@@ -1,4 +1,4 @@
-"""Collects a cut model on the first stage for a while, to save it."""
+"""Collects a cut model on the first rank for a while, to save it."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from shardit.core.comm.p2p import Comm
 from shardit.core.modules.blocks import CutModel
 from shardit.core.modules.patching import set_tensor
 from shardit.core.training.gradients.holdings import Holdings
+from shardit.core.training.gradients.slices import TensorSlices
 
 
 @contextmanager
-def whole(cut: CutModel, held: Holdings, comm: Comm, wanted: Callable[[str], bool]) -> Iterator[None]:
-    """Give the first stage the data of all parameters and buffers whose names are `wanted`, in memory of the host.
-    Collective."""
-    if comm.size == 1:
-        yield
-        return
+def whole(
+    cut: CutModel, held: Holdings, comm: Comm, slices: TensorSlices, wanted: Callable[[str], bool]
+) -> Iterator[None]:
+    """Give the first rank the data of all parameters and buffers whose names are `wanted`, in memory of the host.
+    Collective over stages and tensor ranks."""
     before: dict[str, torch.Tensor] = {}
     try:
         for name, owner in [*held.owner.items(), *_buffers(cut)]:
-            if owner and wanted(name):
-                _move(cut.model, name, owner, comm, before)
+            if (owner or name in slices.cuts) and wanted(name):
+                _move(cut.model, name, owner, comm, slices, before)
         if comm.rank == 0:
             for name, first in held.ties.items():
                 tensor = _at(cut.model, first)
@@ -39,14 +39,21 @@ def whole(cut: CutModel, held: Holdings, comm: Comm, wanted: Callable[[str], boo
             set_tensor(cut.model, name, tensor)
 
 
-def _move(model: nn.Module, name: str, owner: int, comm: Comm, before: dict[str, torch.Tensor]) -> None:
-    """Send a tensor from its owner to the first stage, which puts it into the model."""
+def _move(
+    model: nn.Module, name: str, owner: int, comm: Comm, slices: TensorSlices, before: dict[str, torch.Tensor]
+) -> None:
+    """Join the slices of a tensor on the stage that owns it, and send it from there to the first one, which puts it
+    into the model."""
     tensor = _at(model, name)
-    if comm.rank == owner:
-        comm.group.send(tensor.detach(), 0)
+    data = slices.whole(name, tensor.detach()) if comm.rank == owner else None
+    if slices.index:  # the first tensor rank of each stage sends
+        return
+    if data is not None and owner:
+        comm.group.send(data, 0)
     elif comm.rank == 0:
-        data = comm.group.recv(tensor.shape, tensor.dtype, owner).cpu()
+        data = comm.group.recv(slices.shape(name, tensor), tensor.dtype, owner) if data is None else data
         before[name] = tensor
+        data = data.cpu()
         set_tensor(model, name, nn.Parameter(data, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data)
 
 

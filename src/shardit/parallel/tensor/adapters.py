@@ -16,7 +16,7 @@ from torch import nn
 
 from shardit.core.comm.collectives import Collectives
 from shardit.core.modules.patching import subclass_in_place
-from shardit.core.placement.slices import Shards
+from shardit.core.placement.slices import Shards, Slice
 from shardit.core.runtime.digests import named
 from shardit.errors import UnsupportedError, first_line
 from shardit.parallel.tensor.forward import unless_whole
@@ -58,6 +58,8 @@ def cut_adapters(model: nn.Module, plan: TensorPlan, ranks: Collectives) -> None
         role = plan.roles.get(name)
         for adapter in module.lora_A:
             _cut_pair(module.lora_A[adapter], module.lora_B[adapter], cut, ranks.index)
+            if cut.dim == 1:
+                _drop_own_part(module.lora_dropout[adapter], cut, ranks.index)
         if role is not None and "_finishes" not in vars(type(module)):
             _finish_once(module, FINISH[role.kind](role, ranks))
 
@@ -78,6 +80,21 @@ def _cut_pair(into: nn.Linear, out: nn.Linear, cut: Shards, rank: int) -> None:
         return
     for name, _ in list(out.named_parameters()):
         _cut_part(out, name, cut, rank)
+
+
+def _drop_own_part(dropout: nn.Module, cut: Shards, rank: int) -> None:
+    """Make the dropout in front of an adapter on cut inputs draw for all of them, as one rank does, and use the part of
+    this rank."""
+    if type(dropout) is not nn.Dropout:
+        return
+
+    def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return input
+        factors = F.dropout(input.new_ones((*input.shape[:-1], cut.total)), self.p)
+        return input * Slice(input.ndim - 1, cut.ranks[rank]).take(factors)
+
+    subclass_in_place(dropout, {"forward": unless_whole(forward), PLAIN: type(dropout)})
 
 
 def _without_bias(self: Any, input: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,8 @@ from shardit.core.comm.collectives import Collectives
 from shardit.core.modules.compiled import never_compiled
 from shardit.core.modules.patching import Subclasses, share_subclass
 from shardit.errors import UnsupportedError
-from shardit.parallel.tensor.forward import together, unless_whole
+from shardit.parallel.differentiable import joined, of_first, summed
+from shardit.parallel.tensor.forward import unless_whole
 from shardit.parallel.tensor.norms import across_gated, across_heads
 from shardit.parallel.tensor.plan import PLAIN, Role
 
@@ -36,18 +37,18 @@ ONE_OPERATION = {"rows", "channels", "gathered", "vocabulary"}
 nothing to gain there, and would be compiled again for every shape."""
 
 
-Finish = Callable[[torch.Tensor], torch.Tensor]
-"""The collective operation behind a linear: from this rank's part of its output to the whole."""
+Finish = Callable[..., torch.Tensor]
+"""The collective operation behind a linear: from this rank's part of its output to the whole. Further arguments are
+parameters that only one rank uses for its part."""
 
 
 def _sum(role: Role, ranks: Collectives) -> Finish:
-    return lambda part: together(ranks.all_reduce, part)
+    return lambda part, *learned: summed(ranks, part, *learned)
 
 
 def _gather(role: Role, ranks: Collectives) -> Finish:
     lengths = role.shards.lengths
-    # Packed, as the whole linear's output is: code may view it in another shape.
-    return lambda part: together(lambda tensor: ranks.all_gather(tensor, lengths, -1).contiguous(), part)
+    return lambda part: joined(ranks, part, lengths, -1)
 
 
 FINISH: dict[str, Callable[[Role, Collectives], Finish]] = {"rows": _sum, "gathered": _gather}
@@ -73,7 +74,7 @@ def _rows(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
     def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
         # The bias is added to one summand, which needs no extra pass.
         part = F.linear(input, self.weight, self.bias if ranks.index == 0 else None)
-        return part if _unfinished.get() is self else finish(part)
+        return part if _unfinished.get() is self else finish(part, self.bias)
 
     return forward
 
@@ -83,7 +84,7 @@ def _channels(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
 
     def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
         part = self._conv_forward(input, self.weight, self.bias if ranks.index == 0 else None)
-        return together(ranks.all_reduce, part)
+        return summed(ranks, part, self.bias)
 
     return forward
 
@@ -112,7 +113,7 @@ def _vocabulary(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
         local = input - start
         others = (local < 0) | (local >= length)
         rows = F.embedding(local.masked_fill(others, 0), self.weight)
-        return together(ranks.all_reduce, rows.masked_fill(others.unsqueeze(-1), 0))
+        return summed(ranks, rows.masked_fill(others.unsqueeze(-1), 0))
 
     return forward
 
@@ -128,7 +129,7 @@ def _parts(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
             part = _plain_forward(self)(self, *args, **kwargs)
         finally:
             self._parameters.update(once)
-        return finish(part)
+        return finish(part, *once.values())
 
     return forward
 
@@ -172,7 +173,7 @@ def _of_first(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
     """Make the forward of a whole module that returns the first rank's result: last bits may differ by machine."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return together(ranks.of_first, _plain_forward(self)(self, *args, **kwargs))
+        return of_first(ranks, _plain_forward(self)(self, *args, **kwargs))
 
     return forward
 

@@ -15,7 +15,8 @@ from torch import nn
 
 from shardit.core.comm.collectives import Collectives
 from shardit.core.modules.patching import Subclasses, share_subclass
-from shardit.parallel.tensor.forward import together, unless_whole
+from shardit.parallel.differentiable import summed
+from shardit.parallel.tensor.forward import unless_whole
 from shardit.parallel.tensor.plan import PLAIN, Role
 
 
@@ -23,7 +24,7 @@ def across_heads(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
     """Return the forward of a single norm."""
 
     def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-        return _scaled(self, hidden_states, together(ranks.all_reduce, _squares(hidden_states)), role.shards.total)
+        return _scaled(self, hidden_states, summed(ranks, _squares(hidden_states)), role.shards.total)
 
     return forward
 
@@ -33,7 +34,7 @@ def across_gated(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
 
     def forward(self: Any, hidden_states: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
         full = hidden_states.float() if gate is None else hidden_states.float() * F.silu(gate.float())
-        mean = together(ranks.all_reduce, _squares(full)) / role.shards.total
+        mean = summed(ranks, _squares(full)) / role.shards.total
         return self.weight * (full * torch.rsqrt(mean + _eps(self))).to(hidden_states.dtype)
 
     return forward
@@ -75,9 +76,9 @@ def install_pair(
         squares, ahead = _squares(hidden_states), self.shardit_ahead
         keys = ahead.keys
         if keys is None:
-            return _scaled(self, hidden_states, together(ranks.all_reduce, squares), query_total)
+            return _scaled(self, hidden_states, summed(ranks, squares), query_total)
         own = _squares(keys)
-        both = together(ranks.all_reduce, torch.cat([squares.flatten(), own.flatten()]))
+        both = summed(ranks, torch.cat([squares.flatten(), own.flatten()]))
         ahead.keys, ahead.squares = keys, both[squares.numel() :].view_as(own)
         squares = both[: squares.numel()].view_as(squares)
         return _scaled(self, hidden_states, squares, query_total)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from shardit.core.comm.collectives import Collectives
+from shardit.core.placement.gathered import gathered
 from shardit.core.placement.slices import Shards, one_behind_the_other
 from shardit.core.runtime.yielding import undisturbed
 from shardit.parallel.tensor.heads import join
@@ -94,6 +95,18 @@ def _slices(model: nn.Module, inside: str, plan: TensorPlan, rank: int) -> Itera
                 yield holder, key, cut
 
 
+def cuts_by_name(model: nn.Module, plan: TensorPlan, rank: int) -> dict[str, Shards]:
+    """Return the cuts of the parameters and buffers of a cut model, including those of adapters, by each of their names
+    in it."""
+    cuts = {(id(module), leaf): cut for module, leaf, cut in _slices(model, "", plan, rank)}
+    return {
+        join(name, leaf): cuts[id(module), leaf]
+        for name, module in model.named_modules(remove_duplicate=False)
+        for leaf in (*module._parameters, *module._buffers)
+        if (id(module), leaf) in cuts
+    }
+
+
 def _fused(model: nn.Module, unit: str, plan: TensorPlan) -> Iterator[tuple[nn.Module, str, Shards]]:
     """Do the same for linears that were fused after the cut: they contain the slices of their parts in sequence."""
     for name, module in model.get_submodule(unit).named_modules():
@@ -133,15 +146,3 @@ def part_at(model: nn.Module, path: str) -> nn.Module | None:
             return None
         model = found
     return model
-
-
-def gathered(part: torch.Tensor, cut: Shards, ranks: Collectives) -> torch.Tensor:
-    """Gather the whole tensor from the slices of all ranks. Collective."""
-    raw = part.view(torch.uint8) if part.dtype.itemsize == 1 else part  # back ends know no float8
-    rows = ranks.all_gather(raw, cut.lengths, cut.dim)
-    whole, at = rows.new_empty((*rows.shape[: cut.dim], cut.total, *rows.shape[cut.dim + 1 :])), 0
-    for segments in cut.ranks:
-        for start, length in segments:
-            whole.narrow(cut.dim, start, length).copy_(rows.narrow(cut.dim, at, length))
-            at += length
-    return whole.view(part.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import torch
 
 from shardit.core.comm.group import GroupCoordinator
 from shardit.errors import InputError, first_line
+from shardit.training.run.pieces import Contents, own_part, pieces_of, place_of
 from shardit.training.run.places import CHECKPOINTS, RECORD
 from shardit.training.run.steps.optimizers import found_by, set_found, set_state, state_of
 from shardit.training.run.steps.trained import Trained
@@ -60,13 +62,14 @@ class Checkpoints:
         problem = self._together(lambda: self._begin(partial), self._world.is_first_rank)
         if problem is None:
             replica = trained.mesh.coords["dp"]
-            name = file_name(trained.mesh.pp_rank, replica)
+            name = file_name(trained.mesh.pp_rank, trained.index, replica)
             writes = replica == 0 or bool(trained.owners)
             problem = self._together(lambda: _write(partial / name, lambda path: _save(trained, path)), writes)
         if problem is None:
             count = 0 if trained.average is None else trained.average.updates
             parts = trained.mesh.sizes["dp"] if trained.owners else 1
-            files = [file_name(stage, part) for stage in range(trained.mesh.pp_size) for part in range(parts)]
+            sizes = trained.mesh.pp_size, trained.mesh.sizes["tp"], parts
+            files = [file_name(*numbers) for numbers in itertools.product(*map(range, sizes))]
             record = {**self._record, "step": step, "files": files, "average_updates": count}
             problem = self._together(lambda: self._end(partial, folder, record), self._world.is_first_rank)
         if problem is not None:
@@ -122,16 +125,18 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def file_name(stage: int, replica: int) -> str:
-    """Return the name of the file of a rank. Replicas after the first write the state of the optimizer that they alone
-    have."""
-    return f"stage-{stage}.pt" if replica == 0 else f"stage-{stage}-replica-{replica}.pt"
+def file_name(stage: int, piece: int, replica: int) -> str:
+    """Return the name of the file of a rank. Tensor ranks after the first write their slices. Replicas after the first
+    write the state of the optimizer that they alone have."""
+    return f"stage-{stage}{f'-slice-{piece}' if piece else ''}{f'-replica-{replica}' if replica else ''}.pt"
 
 
 def _save(trained: Trained, path: Path) -> None:
-    """Write what this rank is the first to have, by names that do not depend on the number of stages."""
+    """Write what this rank is the first to have, by names that do not depend on the numbers of ranks; with the places
+    of slices in their whole tensors."""
     own = {name: one for name, one in trained.parameters.items() if name in trained.first}
     updated = {name: one for name, one in own.items() if name in trained.updated}
+    places = {name: place_of(cut, trained.index) for name, cut in trained.cuts.items() if name in own}
     own = own if trained.mesh.coords["dp"] == 0 else {}
     average = {} if trained.average is None else trained.average.values
     content = {
@@ -139,6 +144,7 @@ def _save(trained: Trained, path: Path) -> None:
         "optimizer": state_of(trained.optimizer, updated),
         "found": found_by(trained.optimizer),
         "average": {name: value for name, value in average.items() if name in own},
+        "places": places,
     }
     with path.open("wb") as file:
         torch.save(content, file)
@@ -150,31 +156,34 @@ def _compact(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def restore(trained: Trained, checkpoint: TrainingCheckpoint) -> None:
-    """Set weights, optimizer and average to those of a checkpoint, written by whatever number of stages. Raises
+    """Set weights, optimizer and average to those of a checkpoint, written by whatever numbers of ranks. Raises
     InputError."""
-    missing = set(trained.parameters)
-    for name in checkpoint.record["files"]:
-        path = checkpoint.folder / name
-        try:
-            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except Exception as error:  # torch has many for a damaged file
-            raise InputError(f"{path} is damaged: delete {path.parent}, to go on at the one before") from error
-        for key in missing & content["parameters"].keys():
-            _restore(trained, key, content)
-        missing -= content["parameters"].keys()
-        if trained.optimizer is not None:
-            for key in trained.updated.keys() & content["optimizer"].keys():
-                set_state(trained.optimizer, trained.updated[key], content["optimizer"][key])
-            set_found(trained.optimizer, content["found"])
+    contents = [_read(checkpoint.folder / name) for name in checkpoint.record["files"]]
+    missing = trained.parameters.keys() - {name for content in contents for name in content["parameters"]}
     if missing:
         raise InputError(f"the checkpoint {checkpoint.folder} has no {min(missing)}: it is of another model or LoRA")
+    for name in trained.parameters:
+        _restore(trained, name, contents)
+    if trained.optimizer is not None:
+        for name in trained.updated:
+            _restore_state(trained, trained.optimizer, name, contents)
+        for content in contents:
+            set_found(trained.optimizer, content["found"])
     if trained.average is not None:
         trained.average.updates = checkpoint.record["average_updates"]
 
 
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # torch has many for a damaged file
+        raise InputError(f"{path} is damaged: delete {path.parent}, to go on at the one before") from error
+
+
 @torch.no_grad()
-def _restore(trained: Trained, name: str, content: dict[str, Any]) -> None:
-    parameter, value = trained.parameters[name], content["parameters"][name]
+def _restore(trained: Trained, name: str, contents: Contents) -> None:
+    parameter, cut = trained.parameters[name], trained.cuts.get(name)
+    value = own_part(pieces_of(contents, "parameters", name), cut, trained.index)
     if value.shape != parameter.shape or value.dtype != parameter.dtype:
         raise InputError(
             f"the checkpoint has {name} as {value.dtype} of shape {tuple(value.shape)}, this run as "
@@ -182,4 +191,16 @@ def _restore(trained: Trained, name: str, content: dict[str, Any]) -> None:
         )
     parameter.copy_(value)
     if trained.average is not None:
-        trained.average.values[name].copy_(content["average"].get(name, parameter.float()))
+        averages = pieces_of(contents, "average", name)
+        trained.average.values[name].copy_(own_part(averages, cut, trained.index) if averages else parameter.float())
+
+
+def _restore_state(trained: Trained, optimizer: torch.optim.Optimizer, name: str, contents: Contents) -> None:
+    states, cut = pieces_of(contents, "optimizer", name), trained.cuts.get(name)
+    if not states:
+        return
+    parameter, found = trained.updated[name], dict(states[0][0])
+    for key, value in found.items():
+        if isinstance(value, torch.Tensor) and value.ndim == parameter.ndim > 0:
+            found[key] = own_part([(state[key], place) for state, place in states], cut, trained.index)
+    set_state(optimizer, parameter, found)

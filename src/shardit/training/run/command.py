@@ -11,7 +11,7 @@ from shardit.training.run.options.flags import TrainFlags
 
 
 def train(flags: TrainFlags) -> int:
-    """Train a LoRA or all weights of a diffusers pipeline or a language model, over stages and replicas."""
+    """Train a LoRA or all weights of a diffusers pipeline or language model, over stages, tensor ranks and replicas."""
     from shardit.training.run.launch import run_here, run_joined
     from shardit.training.run.messages import SESSION, TrainSpec
     from shardit.training.run.options.check import check

@@ -15,12 +15,13 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from shardit.core.comm.collectives import Collectives
 from shardit.core.components.kv_stand_ins import copy_empty_layers, find_caches
 from shardit.core.modules.state.module_state import State, copy_aliases, new_values, restore, state_of
+from shardit.core.placement.gathered import gathered
 from shardit.core.placement.slices import shards
 from shardit.core.runtime.randomness import States, is_generator, moved, set_states, states
 from shardit.errors import RankError
 from shardit.parallel.tensor.plan import TensorPlan
 from shardit.parallel.tensor.rules import HEAD_COUNTS
-from shardit.parallel.tensor.whole import gathered, whole_for_now
+from shardit.parallel.tensor.whole import whole_for_now
 
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1.6e-2}
 """Largest relative L2 difference between the result on slices and the whole result. Wrong heads give 0.1 and more, sums

@@ -34,6 +34,7 @@ from shardit.parallel.attention.hook import attention_is_taken
 from shardit.parallel.block_signature import fingerprint, value_key
 from shardit.parallel.tensor.check.compare import Comparison, is_agent
 from shardit.parallel.tensor.check.kept import exposing_attribute
+from shardit.parallel.tensor.heads import join
 from shardit.parallel.tensor.plan import TensorPlan
 from shardit.parallel.tensor.processors import adopt_processors, attentions_in, mark_cut
 from shardit.parallel.tensor.rules import Family
@@ -54,7 +55,8 @@ class Checks:
     """The comparisons of one cut component.
 
     title: its name in messages. compared: number of compared units. pending: names of units to compare at their next
-    call. whole: units that need whole weights, and why.
+    call. whole: units that need whole weights, and why. for_training: such units are refused, since others hold their
+    parameters.
     """
 
     title: str
@@ -64,13 +66,14 @@ class Checks:
     compared: int = 0
     pending: set[str] = field(default_factory=set)
     whole: dict[str, str] = field(default_factory=dict)
+    for_training: bool = False
     _right: set[Any] = field(default_factory=set)
     _numbers: NumbersSeen = field(default_factory=NumbersSeen)
     _given: Any = None
     _calls: set[Any] = field(default_factory=set)
     _attentions: dict[str, nn.Module] = field(default_factory=dict)
     _asked: bool = False
-    _comparing: bool = False
+    comparing: bool = False
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AbstractContextManager[None]:
         """Begin a call of the component: if it is of a new kind, or processors have changed, its units are compared."""
@@ -114,7 +117,7 @@ class Checks:
     def call(self, unit: Any, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call of a pending unit; `plain` is its own forward."""
         name = vars(unit)[NAME]
-        if self._comparing or attention_is_taken():
+        if self.comparing or attention_is_taken():
             return plain(unit, *args, **kwargs)
         self.pending.discard(name)
         leaves, spec = tree_flatten((args, kwargs))
@@ -123,12 +126,12 @@ class Checks:
         kind = (self._kind(name), str(spec), values, self._given, modes(), unit.training, self._asked)
         if kind in self._right or _filled(unit, args, kwargs):
             return plain(unit, *args, **kwargs)
-        self._comparing = True
+        self.comparing = True
         try:
             with undisturbed():  # no other call may use modules that are temporarily whole
                 return self._compared(unit, name, kind, plain, args, kwargs)
         finally:
-            self._comparing = False
+            self.comparing = False
 
     def _compared(
         self, unit: Any, name: str, kind: Any, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -159,7 +162,7 @@ class Checks:
     def _ignored(self, cls: type) -> tuple[str, ...]:
         """Return the attributes of a class that do not decide of which kind a unit is."""
         own, of_model = (one.__module__.partition(".")[0] for one in (cls, type(self.model)))
-        return (NAME, *PLACES) if own == of_model else (NAME,)
+        return (NAME, *PLACES) if own in (of_model, *self.plan.family.libraries) else (NAME,)
 
     def _give_up(self, name: str, why: str) -> None:
         """Make all units like this one whole."""
@@ -168,6 +171,12 @@ class Checks:
         processor = getattr(unit, PROCESSOR, None)
         code = type(unit).__name__ + (f" with {type(processor).__name__}" if processor is not None else "")
         why = f"{code} {why}"
+        if self.for_training:
+            drops = active_dropout(unit)
+            remedy = (
+                "" if drops is None else f"set the probability of {drops}, which drops other values there, to 0, or "
+            )
+            raise UnsupportedError(f"{self.title}: {name} cannot train: {why}: {remedy}use tensor_parallel_size=1")
         if any(type(self.model.get_submodule(one)) is type(unit) for one in self.plan.borrowers):
             text = f"{self.title}: {name} {why}, and other layers take its keys: use tensor_parallel_size=1"
             raise UnsupportedError(text)
@@ -179,6 +188,17 @@ class Checks:
         if self.ranks.group.rank == 0:
             more = f" and {len(alike) - 1} more like it" if len(alike) > 1 else ""
             log.warning("%s: %s%s are whole on every tensor rank from now on: %s", self.title, name, more, why)
+
+
+def active_dropout(unit: nn.Module) -> str | None:
+    """Return the name of a module, or of an attribute, that makes a unit drop values in training; None if none does."""
+    for name, module in unit.named_modules():
+        if module.training and isinstance(module, nn.Dropout) and module.p > 0:
+            return name
+        for key, value in vars(module).items():
+            if module.training and "dropout" in key and isinstance(value, float) and value > 0:
+                return join(name, key)
+    return None
 
 
 def _contents(module: nn.Module) -> tuple[Any, ...]:

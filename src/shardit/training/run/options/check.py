@@ -29,6 +29,13 @@ DIFFUSION, LANGUAGE = "shardit.training.diffusion.recipe", "shardit.training.lan
 _PACKAGES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}
 """Packages of optimizers that torch does not have."""
 
+_BY_TENSOR = {
+    "prodigy": "estimates one step size from all parameters",
+    "adafactor": "has factors of whole rows and columns",
+    "adamw8bit": "rounds blocks of whole tensors together",
+}
+"""Optimizers that do not treat each number by itself, and why slices of weights would be updated differently."""
+
 SHAPES = "shapes:"
 _OTHER_DATA = (SHAPES, "hf:")
 """Beginnings of data that is no path."""
@@ -110,6 +117,11 @@ def check_optimizer(settings: TrainSettings, config: DiffusionParallelConfig) ->
             f"optimizer=prodigy estimates one step size from all parameters, of which each of "
             f"{config.pipeline_parallel_size} stages has a part: use pipeline_parallel_size=1, or optimizer=adamw"
         )
+    if name in _BY_TENSOR and config.tensor_parallel_size > 1:
+        raise UnsupportedError(
+            f"optimizer={name} {_BY_TENSOR[name]}, of which each of {config.tensor_parallel_size} tensor ranks has a "
+            "slice: use tensor_parallel_size=1, or optimizer=adamw"
+        )
     if name == "prodigy" and settings.shard_optimizer:
         raise UnsupportedError(
             "optimizer=prodigy estimates one step size from all parameters, of which each replica would have a part: "
@@ -124,6 +136,7 @@ def check_optimizer(settings: TrainSettings, config: DiffusionParallelConfig) ->
 
 def _check_model(settings: TrainSettings, config: DiffusionParallelConfig) -> str:
     check_installed(FRAMEWORKS)
+    sliced = DiffusionParallelConfig(tensor_parallel_size=config.tensor_parallel_size)
     dtype = setting(settings.dtype, "--dtype")
     if read_adapter(user_path("--model", settings.model)):
         raise InputError(
@@ -132,8 +145,8 @@ def _check_model(settings: TrainSettings, config: DiffusionParallelConfig) -> st
         )
     source = named_decoder(settings.model)
     if source is not None:
-        check_decoder(source, DiffusionParallelConfig(), None)
+        check_decoder(source, sliced, None)
         return LANGUAGE
     check_installed(("diffusers",))
-    preflight.check(settings.model, DiffusionParallelConfig(), ModelOptions(), dtype=dtype)
+    preflight.check(settings.model, sliced, ModelOptions(), dtype=dtype)
     return DIFFUSION

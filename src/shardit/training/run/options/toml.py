@@ -16,7 +16,13 @@ from shardit.loading.missing import missing_package
 from shardit.settings.declare import Flag, declared
 from shardit.training.settings import TrainSettings
 
-AXES = ("pipeline_parallel_size", "data_parallel_size", "pipeline_chunks", "layer_partition")
+AXES = (
+    "pipeline_parallel_size",
+    "tensor_parallel_size",
+    "data_parallel_size",
+    "pipeline_chunks",
+    "layer_partition",
+)
 """The settings of the parallel configuration that training has."""
 
 _ELSEWHERE = {

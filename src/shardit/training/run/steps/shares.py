@@ -40,7 +40,7 @@ def draw(recipe: TrainingRecipe, step: int, mesh: Mesh, world: GroupCoordinator,
         "problem": problem,
         "refused": isinstance(cause, InputError),
         "stop": stop,
-        "of": [(one.model, one.weight, one.items) for one in batches] if mesh.pp_rank == 0 else [],
+        "of": [(one.model, one.weight, one.items) for one in batches] if mesh.replica.is_first_rank else [],
     }
     everyone = world.gather_objects(mine)
     for rank, one in enumerate(everyone):

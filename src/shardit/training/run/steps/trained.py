@@ -13,6 +13,7 @@ from torch import nn
 
 from shardit.config import DiffusionParallelConfig
 from shardit.core.comm.mesh import Mesh
+from shardit.core.placement.slices import Shards
 from shardit.core.runtime.randomness import seed_all
 from shardit.errors import InputError, listed
 from shardit.training.recipe import TrainingRecipe
@@ -30,8 +31,9 @@ _SHOWN = 8
 
 
 class Trained:
-    """All methods are collective. parameters: those that this rank owns and trains, as MODEL/NAME; first: those of
-    them that no earlier stage has, which this rank saves; updated: those whose optimizer state is on this rank."""
+    """All methods are collective. parameters: those that this rank owns and trains, as MODEL/NAME; cuts: of those that
+    are slices of a tensor rank; first: those of them that no earlier stage or tensor rank has, which this rank saves;
+    updated: those whose optimizer state is on this rank."""
 
     def __init__(
         self, settings: TrainSettings, config: DiffusionParallelConfig, mesh: Mesh, recipe: TrainingRecipe, steps: int
@@ -50,13 +52,17 @@ class Trained:
             for name, model in recipe.models.items()
         }
         self.parameters: dict[str, nn.Parameter] = {}
+        self.cuts: dict[str, Shards] = {}
         self.first: set[str] = set()
         for model, one in self.stages.items():
             owner, rank = one.cut_loss.holdings.owner, one.cut_loss.comm.rank
             for name, parameter in one.named_parameters():
-                if parameter.requires_grad:
-                    self.parameters[f"{model}/{name}"] = parameter
-                    self.first |= {f"{model}/{name}"} if owner[name] == rank else set()
+                if not parameter.requires_grad:
+                    continue
+                key, cut = f"{model}/{name}", one.slices.cuts.get(name)
+                self.parameters[key] = parameter
+                self.cuts |= {} if cut is None else {key: cut}
+                self.first |= {key} if owner[name] == rank and (cut or not one.slices.index) else set()
         self.owners: dict[str, int] = {}
         if settings.shard_optimizer and mesh.sizes["dp"] > 1:
             self.owners = share_out(self.parameters, mesh.sizes["dp"])
@@ -64,6 +70,11 @@ class Trained:
         self.updated = {key: one for key, one in self.parameters.items() if self.owners.get(key, replica) == replica}
         self.optimizer = make_optimizer(settings, self.updated)
         self.average = None if settings.ema_decay is None else Average(settings.ema_decay, self.parameters)
+
+    @property
+    def index(self) -> int:
+        """The number of this rank among the tensor ranks."""
+        return self.mesh.coords["tp"]
 
     @property
     def models(self) -> dict[str, nn.Module]:

@@ -1829,6 +1829,12 @@ REST: list[Entry] = [
         label="controlnet",
     ),
     Entry(
+        "HunyuanVideoTransformer3DModel",
+        {**_HUNYUAN, "pooled_projection_dim": 8, "image_condition_type": "token_replace"},
+        _hunyuan_video,
+        label="token-replace",
+    ),
+    Entry(
         "UNetSpatioTemporalConditionModel",
         {
             **{k: v for k, v in _UNET.items() if k != "norm_num_groups"},

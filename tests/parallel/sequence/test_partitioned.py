@@ -16,7 +16,7 @@ from shardit import DiffusionParallelConfig, UnsupportedError
 from shardit.core.comm.collectives import Collectives
 from shardit.core.runtime.pending import materialize
 from shardit.parallel.attention.sequence_attention import Call
-from shardit.parallel.sequence.partitioned.run import CHANNELS, attention_share
+from shardit.parallel.sequence.partitioned.run import CHANNELS, Rows, attention_share
 from tests.diffusion.test_parallelize import join
 from tests.support.ranks import run_ranks
 from tests.support.transformers_page import TOKENS, run_sharded
@@ -124,8 +124,10 @@ def partitioned(rank: int, count: int, method: str, way: dict[str, int]) -> set[
         assert agrees(plain, other, length)
     assert len(other.shardit_sequence.partitioned) == 2
     assert len(other.shardit_sequence._plans) == 1
-    rows: dict[str, tuple[int, int]] = next(d.rows for d in other.shardit_sequence.partitioned if "wide" in d.rows)
-    assert (rows["inner"], rows["wide"], rows["mlp"], "depthwise" in rows) == ((3, 2), (3, CHANNELS), (3, 1), False)
+    rows: dict[str, Rows] = next(d.rows for d in other.shardit_sequence.partitioned if "wide" in d.rows)
+    dims = {name: own.dims for name, own in rows.items()}
+    assert (dims["inner"], dims["wide"], dims["mlp"]) == (((3, 2),), ((3, CHANNELS),), ((3, 1),))
+    assert "depthwise" not in rows
     for name, part in other.named_modules():
         if isinstance(part, (nn.Linear, nn.Conv1d)):
             dim = -1 if isinstance(part, nn.Conv1d) else 1

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from shardit.core.modules.patching import Subclasses, share_subclass
 
 Called = Callable[..., Any]
+
+PLAIN = (bool, int, float, complex, str, torch.dtype, torch.device)
+"""Values without a state."""
 
 
 class ModuleHandler(Protocol):
@@ -62,9 +66,33 @@ def _members(own_call: Any) -> dict[str, Any]:
     return {"__call__": __call__}
 
 
-def only_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any, int] | None:
-    """Return the leaves of the arguments, their structure and the number of the only tensor; None if there are more or
-    none."""
-    leaves, spec = tree_flatten((args, kwargs))
-    places = [n for n, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-    return (leaves, spec, places[0]) if len(places) == 1 else None
+@dataclass(frozen=True)
+class Arguments:
+    """The arguments of a call, flattened: their leaves, structure, and the numbers of the tensors."""
+
+    leaves: list[Any]
+    spec: Any
+    places: list[int]
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        """Flatten arguments."""
+        leaves, spec = tree_flatten((args, kwargs))
+        return cls(leaves, spec, [n for n, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)])
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The tensors among them."""
+        return [self.leaves[n] for n in self.places]
+
+    @property
+    def plain(self) -> bool:
+        """Whether all else are values without a state that a call may change."""
+        return all(n in self.places or leaf is None or isinstance(leaf, PLAIN) for n, leaf in enumerate(self.leaves))
+
+    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments with other tensors."""
+        leaves = list(self.leaves)
+        for n, tensor in zip(self.places, tensors, strict=True):
+            leaves[n] = tensor
+        return tree_unflatten(leaves, self.spec)

@@ -1,39 +1,76 @@
-"""One call of a block on all tokens: the ranks share its modules by rows and its attention by heads or queries."""
+"""One call of a block on all tokens: the ranks share its modules by rows, and its attention by heads or queries."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_unflatten
+from torch.utils._python_dispatch import _disable_current_modes as without_modes
 
 from shardit.core.comm.collectives import Collectives, even_sizes
 from shardit.core.modules.patching import plain_class
 from shardit.parallel.attention.hook import attention_goes_to
 from shardit.parallel.attention.sequence_attention import Call
-from shardit.parallel.sequence.partitioned.modules import modules_go_to, only_tensor
+from shardit.parallel.sequence.partitioned.modules import Arguments, modules_go_to
+from shardit.parallel.sequence.partitioned.sums import Sums, summed
 
 CHANNELS = -1
 """Stands for the dimension whose rows are partitioned, if a convolution computes its share of the output channels."""
 
-PartitionedRows = Mapping[nn.Module, tuple[int, int]]
-"""The number of dimensions of a module's argument, and that whose rows are partitioned."""
+
+@dataclass(frozen=True)
+class Rows:
+    """How the ranks share the calls of a module.
+
+    dims: of each tensor among its arguments the number of dimensions and the one whose rows are partitioned, None if
+    every rank takes all of it. The result is partitioned like the first. halo: rows on either side of its own that a
+    rank computes, too, and drops: convolutions see neighbours. sums: operations whose results are added up.
+    """
+
+    dims: tuple[tuple[int, int | None], ...]
+    halo: int = 0
+    sums: Sums = field(default_factory=dict)
+
+    @property
+    def dim(self) -> int:
+        """The partitioned dimension of the result."""
+        return next(dim for _, dim in self.dims if dim is not None)
+
+    def count(self, tensors: Sequence[torch.Tensor]) -> int | None:
+        """Return the number of rows in a call with these tensors; None if the call is of another form."""
+        if [t.ndim for t in tensors] != [ndim for ndim, _ in self.dims]:
+            return None
+        counts = {t.shape[dim] for t, (_, dim) in zip(tensors, self.dims, strict=True) if dim is not None}
+        return counts.pop() if len(counts) == 1 else None
+
+    def of_rank(self, tensors: Sequence[torch.Tensor], sizes: list[int], rank: int) -> list[torch.Tensor]:
+        """Return the arguments for a rank's rows."""
+        start = max(0, sum(sizes[:rank]) - self.halo)
+        stop = min(sum(sizes), sum(sizes[: rank + 1]) + self.halo)
+        cut = zip(tensors, (dim for _, dim in self.dims), strict=True)
+        return [t if dim is None else _dense_rows(t, dim, start, stop - start) for t, dim in cut]
+
+    def without_halo(self, out: torch.Tensor, sizes: list[int], rank: int) -> torch.Tensor:
+        """Return a rank's own rows of its result."""
+        return out.narrow(self.dim, min(self.halo, sum(sizes[:rank])), sizes[rank]) if self.halo else out
+
+
+PartitionedRows = Mapping[nn.Module, Rows]
 
 
 @dataclass(frozen=True)
 class PartitionedBlock:
     """The operations of a kind of block that are partitioned over the ranks.
 
-    rows: by the path of a module in the block, the number of dimensions of its argument, and that whose rows are
-    partitioned (or `CHANNELS`).
+    rows: by the path of a module in the block.
     share: of the multiplications of the block, those that are partitioned.
     """
 
-    rows: Mapping[str, tuple[int, int]]
+    rows: Mapping[str, Rows]
     share: float
 
 
@@ -41,36 +78,47 @@ class PartitionedCall:
     """Runs the calls of modules (`modules.ModuleHandler`) and of attention (`hook.Handler`) of one block call."""
 
     def __init__(self, comm: Collectives, rows: PartitionedRows):
-        self._comm, self._rows, self._inside = comm, rows, False
+        self._comm, self._rows = comm, rows
+        self._running: Rows | None = None
 
     def module_call(
         self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """See `modules.ModuleHandler`."""
-        rows = None if self._inside else self._rows.get(module)
-        found = None if rows is None else only_tensor(args, kwargs)
-        if rows is None or found is None:
+        rows = None if self._running is not None else self._rows.get(module)
+        if rows is None:
             return call(*args, **kwargs)
-        leaves, spec, place = found
-        whole, (dims, dim) = leaves[place], rows
-        if dim == CHANNELS and whole.ndim == dims and is_plain_convolution(module):
-            sizes = even_sizes(module.out_channels, self._comm.size)
-            return gathered(some_channels(module, whole, sizes, self._comm.index), sizes, 1, self._comm)
-        if dim == CHANNELS or whole.ndim != dims or whole.shape[dim] < self._comm.size:
+        given = Arguments.of(args, kwargs)
+        if rows.dim == CHANNELS:
+            return self._some_channels(module, call, rows, given)
+        total, comm = rows.count(given.tensors), self._comm
+        if total is None or total < comm.size:
             return call(*args, **kwargs)
-        sizes = even_sizes(whole.shape[dim], self._comm.size)
-        leaves[place] = part(whole, dim, sizes, self._comm.index)
-        args, kwargs = tree_unflatten(leaves, spec)
-        self._inside = True
+        sizes = even_sizes(total, comm.size)
+        args, kwargs = given.with_tensors(rows.of_rank(given.tensors, sizes, comm.index))
+        self._running = rows
         try:
-            out = call(*args, **kwargs)
+            with summed(rows.sums, comm, sizes[comm.index] / total) if rows.sums else nullcontext():
+                out = call(*args, **kwargs)
         finally:
-            self._inside = False
-        return gathered(out, sizes, dim, self._comm)
+            self._running = None
+        return gathered(rows.without_halo(out, sizes, comm.index), sizes, rows.dim, comm)
+
+    def _some_channels(self, module: nn.Module, call: Callable[..., Any], rows: Rows, given: Arguments) -> Any:
+        dims = [t.ndim for t in given.tensors]
+        if dims != [ndim for ndim, _ in rows.dims] or not is_plain_convolution(module):
+            args, kwargs = given.with_tensors(given.tensors)
+            return call(*args, **kwargs)
+        sizes = even_sizes(module.out_channels, self._comm.size)
+        return gathered(some_channels(module, given.tensors[0], sizes, self._comm.index), sizes, 1, self._comm)
 
     def attend(self, call: Call) -> torch.Tensor:
         """See `hook.Handler`."""
-        share = None if self._inside else attention_share(call, self._comm.size)
+        if self._running is not None:
+            # Some attention functions cannot be traced inside.
+            with without_modes() if self._running.sums else nullcontext():
+                return call.inner(call.q, call.k, call.v, call.mask)
+        share = attention_share(call, self._comm.size)
         if share is None:
             return call.inner(call.q, call.k, call.v, call.mask)
         out = share.run(call, self._comm.index)
@@ -86,7 +134,11 @@ def operations_go_to(run: Any) -> Iterator[None]:
 
 def part(tensor: torch.Tensor, dim: int, sizes: list[int], rank: int) -> torch.Tensor:
     """Return a rank's rows of a tensor, dense if the tensor is."""
-    rows = tensor.narrow(dim, sum(sizes[:rank]), sizes[rank])
+    return _dense_rows(tensor, dim, sum(sizes[:rank]), sizes[rank])
+
+
+def _dense_rows(tensor: torch.Tensor, dim: int, start: int, length: int) -> torch.Tensor:
+    rows = tensor.narrow(dim, start, length)
     return rows.contiguous() if tensor.is_contiguous() else rows
 
 
@@ -155,22 +207,4 @@ def multiplications(call: Call) -> int:
 def rows_by_module(block: nn.Module, partitioned: PartitionedBlock) -> PartitionedRows:
     """Return the partitioned rows by module of a block."""
     modules = dict(block.named_modules())
-    return {modules[path]: dims for path, dims in partitioned.rows.items()}
-
-
-def splits(tensor: torch.Tensor, dim: int, size: int) -> list[torch.Tensor]:
-    """Return the parts of all ranks."""
-    sizes = even_sizes(tensor.shape[dim], size)
-    return [part(tensor, dim, sizes, rank) for rank in range(size)]
-
-
-def likely_dims(module: nn.Module, given: torch.Tensor, out: Any, size: int) -> list[int]:
-    """Return the dimensions of a module's argument that could be rows of their own, the most likely first; the batch,
-    which may be one sample in other calls, is the last."""
-    if not isinstance(out, torch.Tensor) or out.ndim != given.ndim or given.ndim < 2:
-        return []
-    order = [given.ndim - 2, *range(1, given.ndim - 2), given.ndim - 1, 0]
-    found = [d for d in dict.fromkeys(order) if given.shape[d] == out.shape[d] and given.shape[d] >= size]
-    if is_plain_convolution(module) and given.ndim == module.weight.ndim and module.out_channels >= size:
-        found.insert(len(found) - 1 if 0 in found else len(found), CHANNELS)
-    return found
+    return {modules[path]: rows for path, rows in partitioned.rows.items()}

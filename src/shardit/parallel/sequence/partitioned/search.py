@@ -16,25 +16,21 @@ from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils._pytree import tree_leaves, tree_map_only, tree_unflatten
 from torch.utils.flop_counter import flop_registry
 
-from shardit.core.comm.collectives import even_sizes
 from shardit.errors import RankError
 from shardit.parallel.attention.block_attention import DONE, FAILED, exchange_state
 from shardit.parallel.attention.sequence_attention import Call, SequenceAttention
 from shardit.parallel.compare import close, disturbed
-from shardit.parallel.sequence.partitioned.modules import only_tensor
+from shardit.parallel.sequence.partitioned.modules import Arguments
 from shardit.parallel.sequence.partitioned.run import (
-    CHANNELS,
     PartitionedBlock,
     PartitionedCall,
+    Rows,
     attention_share,
-    is_plain_convolution,
-    likely_dims,
     multiplications,
     operations_go_to,
     rows_by_module,
-    some_channels,
-    splits,
 )
+from shardit.parallel.sequence.partitioned.trial import ModuleTrial
 
 log = logging.getLogger(__name__)
 
@@ -49,17 +45,17 @@ SMALL = 0.05
 
 
 class Multiplications(TorchDispatchMode):
-    """Counts the multiplications of matrix products and convolutions, unless it is paused."""
+    """Counts the multiplications of matrix products and convolutions."""
 
     def __init__(self) -> None:
         super().__init__()
         self.supports_higher_order_operators = True
-        self.total, self.paused = 0, False
+        self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         count = flop_registry.get(getattr(func, "_overloadpacket", None))
-        if count is not None and not self.paused:
+        if count is not None:
             self.total += count(*args, **(kwargs or {}), out_val=out) // 2
         return out
 
@@ -73,7 +69,7 @@ class Observer:
         self._size = size
         self._inside = False
         self.count, self.attention = Multiplications(), 0
-        self.rows: dict[str, tuple[int, int]] = {}
+        self.rows: dict[str, Rows] = {}
         self.costs: dict[str, int] = {}
         self._failed: set[str] = set()
 
@@ -81,22 +77,25 @@ class Observer:
         self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """See `modules.ModuleHandler`."""
-        name, found, before = self._names[module], only_tensor(args, kwargs), self.count.total
-        if self._inside or found is None:
+        name, given = self._names[module], Arguments.of(args, kwargs)
+        tried = bool(given.places) and (len(given.places) == 1 or given.plain)
+        if self._inside or not tried:
             if not self._inside:
                 self._failed.add(name)
             return call(*args, **kwargs)
-        attention = self.attention
+        before, attention = self.count.total, self.attention
+        trial = ModuleTrial(module, call, given, self._size, lambda: self.count.total)
         self._inside = True
         try:
-            out = self._called(call, *found)
-            dims = self._rows(module, call, *found, out)
+            out = trial.run()
+            after = self.count.total
+            found = trial.find()
         finally:
             self._inside = False
-        if dims is not None and name not in self._failed and self.rows.get(name, dims) == dims:
-            self.rows[name] = dims
-            self.costs[name] = self.costs.get(name, 0) + self.count.total - before
-            self.attention = attention  # what is inside is partitioned with it
+        if found is not None and name not in self._failed and self.rows.get(name, found[0]) == found[0]:
+            self.rows[name] = found[0]
+            self.costs[name] = self.costs.get(name, 0) + found[1]
+            self.count.total, self.attention = after, attention  # what is inside is partitioned with it
             return out
         self._failed.add(name)
         self.count.total, self.attention = before, attention
@@ -106,9 +105,8 @@ class Observer:
         """See `hook.Handler`."""
         with without_modes():  # some attention functions cannot be traced inside, and some are not known to be counted
             out = call.inner(call.q, call.k, call.v, call.mask)
-        if not self.count.paused:
-            self.count.total += multiplications(call)
-            self.attention += multiplications(call) if attention_share(call, self._size) is not None else 0
+        self.count.total += multiplications(call)
+        self.attention += multiplications(call) if attention_share(call, self._size) is not None else 0
         return out
 
     def found(self) -> PartitionedBlock:
@@ -117,47 +115,6 @@ class Observer:
         kept = [name for name, cost in self.costs.items() if cost >= LEAST * total and name not in self._failed]
         partitioned = sum(self.costs[name] for name in kept) + self.attention
         return PartitionedBlock({name: self.rows[name] for name in kept}, partitioned / total if total else 0.0)
-
-    def _rows(
-        self, module: nn.Module, call: Callable[..., Any], leaves: list[Any], spec: Any, place: int, out: Any
-    ) -> tuple[int, int] | None:
-        """Return the number of dimensions and the dimension whose rows the module treats apart; None without one."""
-        given = leaves[place]
-        self.count.paused = True
-        try:
-            for dim in likely_dims(module, given, out, self._size):
-                if dim == CHANNELS:
-                    same = self._same_by_channels(module, given, out)
-                else:
-                    same = self._same_by_rows(call, leaves, spec, place, dim, out)
-                if same:
-                    return given.ndim, dim
-        finally:
-            self.count.paused = False
-        return None
-
-    def _same_by_channels(self, module: nn.Module, given: torch.Tensor, out: torch.Tensor) -> bool:
-        assert is_plain_convolution(module)
-        sizes = even_sizes(module.out_channels, self._size)
-        outs = [some_channels(module, given, sizes, rank) for rank in range(self._size)]
-        return close(out, torch.cat(outs, 1))
-
-    def _same_by_rows(
-        self, call: Callable[..., Any], leaves: list[Any], spec: Any, place: int, dim: int, out: torch.Tensor
-    ) -> bool:
-        parts = splits(leaves[place], dim, self._size)
-        try:
-            outs = [self._called(call, [*leaves[:place], p, *leaves[place + 1 :]], spec, place) for p in parts]
-        except (RankError, MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception:  # a module that cannot take such rows may raise any exception
-            return False
-        same_rows = all(o.shape[dim] == p.shape[dim] for o, p in zip(outs, parts, strict=True))
-        return same_rows and close(out, torch.cat(outs, dim))
-
-    def _called(self, call: Callable[..., Any], leaves: list[Any], spec: Any, place: int) -> Any:
-        args, kwargs = tree_unflatten([*leaves[:place], leaves[place].clone(), *leaves[place + 1 :]], spec)
-        return call(*args, **kwargs)
 
 
 def find_partition(

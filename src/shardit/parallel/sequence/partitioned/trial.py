@@ -133,9 +133,11 @@ def ways(module: nn.Module, tensors: Sequence[torch.Tensor], out: Any, size: int
     if isinstance(module, CONVOLUTIONS):  # alone it goes by channels, or is too little for a message
         return
     reach = _reach(module)
-    wide = [rows for rows in plain if rows.dim > 0 and first.shape[rows.dim] // size > reach > 0]
-    for rows in sorted(wide, key=lambda rows: first.shape[rows.dim], reverse=True):
-        yield replace(rows, halo=reach)
+    longest = sorted((r for r in plain if r.dim > 0), key=lambda r: first.shape[r.dim], reverse=True)
+    for rows in longest:
+        for halo in sorted({min(1, reach), reach} - {0}):
+            if first.shape[rows.dim] // size > halo:
+                yield replace(rows, halo=halo)
 
 
 def _with_others(tensors: Sequence[torch.Tensor], dim: int) -> list[Rows]:

@@ -169,26 +169,103 @@ def test_over_stages() -> None:
     run_ranks(4, staged)
 
 
+class Summed(nn.Module):
+    """A block with few parameters, of which nothing can be partitioned, and which sees all tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(WIDTH, WIDTH))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states + hidden_states.cumsum(1) @ self.weight / 100
+
+
+class Shortened(Model):
+    """A model whose large blocks see the first tokens only."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        for block in self.refiner:
+            hidden_states = block(hidden_states)
+        for block in self.blocks:
+            hidden_states = torch.cat([block(hidden_states[:, :2]), hidden_states[:, 2:]], 1)
+        return hidden_states
+
+
 def lists(rank: int, count: int, method: str, way: dict[str, int]) -> None:
-    """A small list runs whole, and the large one over the ranks; a large list is refused."""
+    """A list that takes few of the multiplications runs whole, though it may have many parameters, and the large one
+    over the ranks; a list that takes many is refused, though it may have few parameters."""
     join(rank, count, method)
-    blocks = [Plain() for _ in range(4)]
-    plain = Model(refiner=[Refiner(4 * WIDTH)], blocks=blocks)
-    other = over(Model(refiner=[Refiner(4 * WIDTH)], blocks=[Plain() for _ in range(4)]), way)
-    assert agrees(plain, other, 7)
-    assert agrees(plain, other, 7)
-    (whole,) = other.shardit_sequence.partitioned
-    assert whole.share == 0
-    assert not whole.rows
-    assert len(other.shardit_sequence._plans) == 1
-    for large in (Model(refiner=[Refiner(40 * WIDTH)], blocks=blocks), Model(blocks=[Refiner()])):
-        with pytest.raises(UnsupportedError, match=r"no way was found to shard the tokens of Refiner"):
-            over(large, way)(tokens(7))
+    for width in (4, 400):
+        blocks = [Plain() for _ in range(4)]
+        plain = Model(refiner=[Refiner(width * WIDTH)], blocks=blocks)
+        other = over(Model(refiner=[Refiner(width * WIDTH)], blocks=[Plain() for _ in range(4)]), way)
+        assert agrees(plain, other, 90)
+        assert agrees(plain, other, 90)
+        (whole,) = other.shardit_sequence.partitioned
+        assert whole.share == 0
+        assert not whole.rows
+        assert len(other.shardit_sequence._plans) == 1
+    shortened = over(Shortened(refiner=[Summed()], blocks=[Plain()]), way)
+    for large, name in ((shortened, "Summed"), (over(Model(blocks=[Refiner()]), way), "Refiner")):
+        for _ in range(2):  # and again in the next call
+            with pytest.raises(UnsupportedError, match=rf"no way was found to shard the tokens of {name}"):
+                large(tokens(90))
+    assert agrees(Shortened(refiner=[Summed()], blocks=[Plain()]), shortened, 3)
 
 
 @pytest.mark.parametrize("way", WAYS, ids=["ulysses", "ring"])
 def test_a_small_list_runs_whole(way: dict[str, int]) -> None:
     run_ranks(2, lists, way)
+
+
+class Flagged(nn.Module):
+    """A module whose tokens see one another only where a number among its arguments is zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, 2 * WIDTH)
+
+    def forward(self, hidden_states: torch.Tensor, flags: torch.Tensor) -> torch.Tensor:
+        summed = hidden_states.cumsum(1)
+        return self.linear(torch.where(flags.bool()[..., None], hidden_states, summed))[..., :WIDTH]
+
+
+class FlaggedModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList([FlaggedBlock() for _ in range(2)])
+
+    def forward(self, hidden_states: torch.Tensor, flags: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            hidden_states = block(hidden_states, flags)
+        return hidden_states
+
+
+class FlaggedBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Flagged()
+
+    def forward(self, hidden_states: torch.Tensor, flags: torch.Tensor) -> torch.Tensor:
+        return hidden_states.cumsum(1) / 10 + self.part(hidden_states, flags)
+
+
+def flagged(rank: int, count: int, method: str) -> None:
+    """The noise of the trial sets all flags, so that it alone would not show what they hide."""
+    join(rank, count, method)
+    plain, other = FlaggedModel(), over(FlaggedModel(), WAYS[0])
+    for flags in (torch.zeros(1, 9), torch.ones(1, 9)):
+        with torch.no_grad():
+            expected, got = plain(tokens(9), flags), other(tokens(9), flags)
+            materialize(got)
+        assert distance(expected, got) <= CLOSE
+    (found,) = other.shardit_sequence.partitioned
+    assert list(found.rows) == ["part.linear"]
+
+
+def test_flags_that_noise_sets() -> None:
+    run_ranks(2, flagged)
 
 
 class Masked(nn.Module):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from shardit.errors import UnsupportedError
+from shardit.errors import RankError, UnsupportedError
+from shardit.parallel.attention.hook import attention_goes_to
 from shardit.parallel.attention.sequence_attention import AttentionLayout, Call, SequenceAttention
 from shardit.parallel.dataflow import Dataflow
 
@@ -30,6 +32,7 @@ class BlockAttention:
     sharded[n]: whether queries and whether keys of attention call n are sharded; found if `dataflow` is given. layouts:
     of the calls with sharded keys; None = not known for these sizes yet, so ranks exchange their lengths. by_values:
     whether values were read before such a call, on which its lengths may depend; found if `dataflow` is given.
+    multiplications: of all calls so far,.
     """
 
     attention: SequenceAttention
@@ -38,6 +41,7 @@ class BlockAttention:
     dataflow: Dataflow | None = None
     new_layouts: list[AttentionLayout] = field(default_factory=list)
     by_values: bool = False
+    multiplications: int = 0
     _calls: int = 0
     _sharded_calls: int = 0
 
@@ -65,8 +69,10 @@ class BlockAttention:
 
     def _compute(self, call: Call, sharded_q: bool, sharded_k: bool) -> torch.Tensor:
         if not sharded_k:  # every rank has all keys
+            self.multiplications += call.multiplications(call.k.shape[1])
             return call.inner(call.q, call.k, call.v, call.mask)
         layout = self._layout(call)
+        self.multiplications += call.multiplications(sum(layout.k_lens))
         return (self.attention.attend if sharded_q else self.attention.attend_to_all)(call, layout)
 
     def _layout(self, call: Call) -> AttentionLayout:
@@ -95,6 +101,25 @@ class BlockAttention:
         kinds = [code for code, *_ in exchange_state(self.attention, int(plain))]
         if not all(kinds) or bool(self.attention.valid_tokens(call.mask, layout).all()):
             raise UnsupportedError("an attention mask that has neither all rows nor all columns")
+
+
+def in_step(run: BlockAttention, call: Callable[[], Any], title: str, remedy: str) -> Any:
+    """Run a call of a block, whose lengths are not known, and return its result: it fails on all ranks or on none."""
+    try:
+        try:
+            with attention_goes_to(run):
+                out = call()
+        except (OutOfStep, RankError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception:
+            exchange_state(run.attention, FAILED)
+            raise
+        if any(code != DONE for code, *_ in exchange_state(run.attention, DONE)):
+            raise OutOfStep
+    except OutOfStep as error:
+        text = "fails on another rank, or calls attention there more or less often than here"
+        raise UnsupportedError(f"{title} {text}: {remedy}") from error
+    return out
 
 
 def agree(attention: SequenceAttention, values: Sequence[int]) -> list[list[int]]:

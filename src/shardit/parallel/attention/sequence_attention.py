@@ -40,6 +40,11 @@ class Call:
     not_ring: str | None = None
     causal: bool = False
 
+    def multiplications(self, keys: int) -> int:
+        """Return the number of multiplications of this call with that many keys."""
+        batch, queries, heads, width = self.q.shape
+        return batch * queries * heads * keys * (width + self.v.shape[3])
+
 
 @dataclass(frozen=True)
 class AttentionLayout:

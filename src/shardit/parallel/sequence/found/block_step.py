@@ -15,9 +15,11 @@ MAX_STEPS = 1024
 @dataclass
 class BlockStep:
     """A kind of block call at given sizes. plan None: every rank runs it whole, `partitioned` by operations if it is
-    given. layouts None: not learned yet, or read off the tensors of each call since they may depend on values."""
+    given. layouts None: not learned yet, or read off the tensors of each call since they may depend on values.
+    multiplications: of a call, without those of blocks that are shorter than the number of ranks."""
 
     plan: BlockPlan | None
     partitioned: PartitionedBlock | None = None
     totals: tuple[int, ...] = ()
     layouts: list[AttentionLayout] | None = None
+    multiplications: int = 0

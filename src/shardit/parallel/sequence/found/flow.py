@@ -9,18 +9,21 @@ from typing import Any
 
 import torch
 
+from shardit.parallel.sequence.found.small_lists import ListWork
 from shardit.parallel.sequence.shards.lazy import ShardCache, ShardSource
 from shardit.parallel.sequence.shards.token_dims import Shape, Split
 
 
 @dataclass
 class Flow:
-    """One running forward: shards of the arguments of its blocks. numbers: the kind of the numbers that it is given."""
+    """One running forward: shards of the arguments of its blocks. numbers: the kind of the numbers that it is given.
+    work: what it has computed so far."""
 
     owner: Any
     cache: ShardCache
     numbers: Any
     in_block: bool = False
+    work: ListWork = field(default_factory=ListWork)
     _parts: dict[int, tuple[Callable[[], Any], Callable[[torch.Tensor], torch.Tensor]]] = field(default_factory=dict)
 
     def note(self, part: torch.Tensor, split: Split, totals: tuple[int, ...], full: Shape) -> None:

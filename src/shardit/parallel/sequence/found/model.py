@@ -8,7 +8,7 @@ token dimensions are found, and checked, at the first call of each kind (`search
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import Context, ContextVar
 from dataclasses import dataclass, field
@@ -29,13 +29,14 @@ from shardit.core.runtime.pending import PendingTensor, materialize, materialize
 from shardit.core.runtime.randomness import generators_kept
 from shardit.core.stages.stages import TransformerStages
 from shardit.errors import RankError, UnsupportedError
-from shardit.parallel.attention.block_attention import DONE, FAILED, BlockAttention, OutOfStep, exchange_state
+from shardit.parallel.attention.block_attention import BlockAttention, in_step
 from shardit.parallel.attention.hook import attention_goes_to
 from shardit.parallel.attention.sequence_attention import SequenceAttention
 from shardit.parallel.block_signature import fingerprint, value_key
 from shardit.parallel.sequence.found.block_step import MAX_STEPS, BlockStep
 from shardit.parallel.sequence.found.flow import Flow
 from shardit.parallel.sequence.found.search import REMEDY, BlockPlan, NoShardingFound, find_plan
+from shardit.parallel.sequence.found.small_lists import ListWork, only_if_small
 from shardit.parallel.sequence.partitioned.modules import intercept
 from shardit.parallel.sequence.partitioned.run import (
     PartitionedBlock,
@@ -44,8 +45,8 @@ from shardit.parallel.sequence.partitioned.run import (
     operations_go_to,
     rows_by_module,
 )
-from shardit.parallel.sequence.partitioned.search import SMALL, WORTH, describe, find_partition, share_of_list
-from shardit.parallel.sequence.shards.lazy import ShardCache, ShardSource
+from shardit.parallel.sequence.partitioned.search import WORTH, describe, find_partition
+from shardit.parallel.sequence.shards.lazy import ShardCache, ShardSource, batches, full_shape, shard_source
 from shardit.parallel.sequence.shards.token_dims import Shape
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class SequenceParallel:
     """One transformer whose tokens are sharded over "sp".
 
     checked: block calls that were compared with the whole block (one for each kind). may_partition: whether a block
-    whose tokens cannot be split is partitioned by operations; if not, only a small list is (`SMALL`).
+    whose tokens cannot be split is partitioned by operations; if not, only a small list is (`small_lists.py`).
     """
 
     model: nn.Module
@@ -94,7 +95,13 @@ class SequenceParallel:
             with torch.no_grad():
                 out = tree_map(flow.whole, call(*args, **kwargs))  # hooks on blocks may have put parts into it
             materialize(out)
+            for name, kind in flow.work.settled():
+                self._note(name, logging.INFO, describe(kind, kind.unless_small))
             return out
+        except Exception:
+            if flow.work.doubtful:
+                self._forget_kinds(flow.work.doubtful)
+            raise
         finally:
             _flow.reset(token)
 
@@ -105,6 +112,7 @@ class SequenceParallel:
             return call(*args, **kwargs)
         leaves, spec = tree_flatten((args, kwargs))
         step = self._step(flow, index, call, leaves, spec)
+        flow.work.add(self.blocks[index][0], step.multiplications)
         if step.plan is None:
             materialize(leaves)
             return self._run_whole(index, step, lambda: call(*args, **kwargs))
@@ -138,27 +146,9 @@ class SequenceParallel:
         if step.layouts is not None:
             with attention_goes_to(run):
                 return call()
-        out = self._in_step(index, run, call)
+        out = in_step(run, call, self._title(index), REMEDY)
         if not step.plan.by_values:
             step.layouts = run.new_layouts
-        return out
-
-    def _in_step(self, index: int, run: BlockAttention, call: Callable[[], Any]) -> Any:
-        """Run a call of lengths that are not known: it fails on all ranks or on none."""
-        try:
-            try:
-                with attention_goes_to(run):
-                    out = call()
-            except (OutOfStep, RankError, MemoryError, torch.OutOfMemoryError):
-                raise
-            except Exception:
-                exchange_state(self.attention, FAILED)
-                raise
-            if any(code != DONE for code, *_ in exchange_state(self.attention, DONE)):
-                raise OutOfStep
-        except OutOfStep as error:
-            text = "fails on another rank, or calls attention there more or less often than here"
-            raise UnsupportedError(f"{self._title(index)} {text}: {REMEDY}") from error
         return out
 
     def _run_whole(self, index: int, step: BlockStep, call: Callable[[], Any]) -> Any:
@@ -192,7 +182,7 @@ class SequenceParallel:
     # Kinds of block calls.
 
     def _step(self, flow: Flow, index: int, call: Callable[..., Any], leaves: list[Any], spec: Any) -> BlockStep:
-        shapes = [_shape(leaf) for leaf in leaves]
+        shapes = [full_shape(leaf) for leaf in leaves]
         processors = tuple(type(own.get(PROCESSOR)) for own in self._attentions[index])
         kind = (self._fingerprints[index], processors, spec, tuple(map(value_key, leaves)), flow.numbers, modes())
         key = (kind, tuple(shapes))
@@ -200,13 +190,15 @@ class SequenceParallel:
         if step is None:
             if len(self._steps) >= MAX_STEPS:
                 self._steps.clear()
-            plan, partition_kind = self._known(kind, shapes), (kind, _batches(shapes))
+            plan, partition_kind = self._known(kind, shapes), (kind, batches(shapes))
             if plan is None and partition_kind not in self._partitioned:
-                plan = self._find(kind, index, call, leaves, spec, shapes)
+                plan = self._find(flow.work, kind, index, call, leaves, spec, shapes)
             if plan is None:
-                step = BlockStep(None, self._partitioned.get(partition_kind))
+                partitioned = self._partitioned.get(partition_kind)
+                step = BlockStep(None, partitioned, multiplications=partitioned.multiplications if partitioned else 0)
             else:
-                step = BlockStep(plan, None, plan.candidate.totals(shapes))
+                totals = plan.candidate.totals(shapes)
+                step = BlockStep(plan, None, totals, None, plan.multiplications * sum(totals) // plan.tokens)
             self._steps[key] = step
         return step
 
@@ -218,15 +210,22 @@ class SequenceParallel:
         return None
 
     def _find(
-        self, kind: Any, index: int, call: Callable[..., Any], leaves: list[Any], spec: Any, shapes: list[Shape | None]
+        self,
+        work: ListWork,
+        kind: Any,
+        index: int,
+        call: Callable[..., Any],
+        leaves: list[Any],
+        spec: Any,
+        shapes: list[Shape | None],
     ) -> BlockPlan | None:
         plan: BlockPlan | PartitionedBlock | None = None
         error = None
         self.checked += 1
-        materialize([leaf for leaf in leaves if _shard_source(leaf) is None])
+        materialize([leaf for leaf in leaves if shard_source(leaf) is None])
         # Sharded tensors stay sharded here: an untraced gather would be missing later.
         with self._untraced(), uncompiled(self.blocks[index][1]):
-            whole = [leaf if source is None else source.peek() for leaf in leaves for source in [_shard_source(leaf)]]
+            whole = [leaf if source is None else source.peek() for leaf in leaves for source in [shard_source(leaf)]]
             if self._owned[index]:
                 try:
                     plan = self._try(index, call, whole, spec)
@@ -240,7 +239,9 @@ class SequenceParallel:
         if error is not None:
             raise error
         if isinstance(plan, PartitionedBlock):
-            self._partitioned[kind, _batches(shapes)] = plan
+            self._partitioned[kind, batches(shapes)] = plan
+            if plan.unless_small is not None:
+                work.doubtful[kind, batches(shapes)] = self.blocks[index][0], plan
             return None
         if plan is not None and not plan.by_values:  # such a block may call attention once for each sample
             self._plans.setdefault(kind, []).append((plan, plan.candidate.pattern(shapes)))
@@ -267,18 +268,27 @@ class SequenceParallel:
             except NoShardingFound as refused:
                 if not refused.may_partition:
                     raise
-                small = share_of_list(name, self.blocks) < SMALL
-                if not (small or self.may_partition or self.stages is not None):
-                    raise
                 intercept(block)
                 plan = trial(find_partition, self.attention, block, run, leaves, spec)
-                if plan is None or (plan.share < WORTH and not small):
+                if plan is None:
                     raise
-                if (kind := type(block).__name__) not in self._noted:
-                    self._noted.add(kind)
-                    log.log(logging.INFO if small else logging.WARNING, describe(plan, refused))
+                if plan.share >= WORTH and (self.may_partition or self.stages is not None):
+                    self._note(name, logging.WARNING, describe(plan, refused))
+                else:
+                    plan = only_if_small(plan, refused)
         restore(kept)
         return plan
+
+    def _forget_kinds(self, keys: Iterable[Any]) -> None:
+        for key in keys:
+            self._partitioned.pop(key, None)
+        self._steps.clear()
+
+    def _note(self, name: str, level: int, text: str) -> None:
+        kind = type(dict(self.blocks)[name]).__name__
+        if kind not in self._noted:
+            self._noted.add(kind)
+            log.log(level, text)
 
     def _untraced(self) -> AbstractContextManager[None]:
         return nullcontext() if self.stages is None else self.stages.cut.untraced()
@@ -316,25 +326,6 @@ class SequenceParallel:
         for index, (_, block) in enumerate(self.blocks):
             own_call = type(block).__call__
             subclass_in_place(block, {"__call__": never_compiled(_block_call(own_call, index, self))})
-
-
-def _batches(shapes: list[Shape | None]) -> tuple[int | None, ...]:
-    """Return the numbers of samples in the arguments of a call: a block may relate the samples of larger batches."""
-    return tuple(shape[0] if shape else None for shape in shapes)
-
-
-def _shape(leaf: Any) -> Shape | None:
-    source = _shard_source(leaf)
-    if source is not None:
-        return source.full
-    return tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else None
-
-
-def _shard_source(leaf: Any) -> ShardSource | None:
-    """Return the source of an argument's shards, if it is the whole output of a block and not gathered yet."""
-    if type(leaf) is PendingTensor and isinstance(leaf._source, ShardSource) and leaf._source.is_whole(leaf):
-        return leaf._source
-    return None
 
 
 def automatic() -> bool:

@@ -20,6 +20,7 @@ from shardit.parallel.attention.hook import attention_goes_to
 from shardit.parallel.attention.sequence_attention import NotInRing, SequenceAttention
 from shardit.parallel.compare import close, disturbed, same, same_left
 from shardit.parallel.dataflow import Dataflow
+from shardit.parallel.sequence.multiplications import Multiplications
 from shardit.parallel.sequence.shards.lazy import gather
 from shardit.parallel.sequence.shards.token_dims import (
     Candidate,
@@ -48,12 +49,15 @@ class NoShardingFound(UnsupportedError):
 @dataclass(frozen=True)
 class BlockPlan:
     """The sharding of a kind of block call. outs: split of each output leaf. sharded: see `BlockAttention`. by_values:
-    the lengths of its attention may depend on values."""
+    the lengths of its attention may depend on values. multiplications: of all ranks in the call in which it was found,
+    with that number of `tokens`."""
 
     candidate: Candidate
     outs: tuple[Split | None, ...]
     sharded: tuple[tuple[bool, bool], ...]
     by_values: bool = False
+    multiplications: int = 0
+    tokens: int = 1
 
 
 def find_plan(
@@ -110,27 +114,31 @@ class _Attempt:
         ]
         dataflow = Dataflow(s for s, split in zip(shards, self.candidate.splits, strict=True) if split is not None)
         block = BlockAttention(self.attention, [], dataflow=dataflow)
-        outs = self._outputs(block, call, shards, spec)
+        count = Multiplications()
+        outs = self._outputs(block, count, call, shards, spec)
         splits = None if outs is None else self._out_splits(outs)
         if outs is None or splits is None:
             return None
         wholes = [self._whole(out, split) for out, split in zip(outs, splits, strict=True)]
         right = all(close(x, y) for x, y in zip(self.expected, wholes, strict=True))
-        gathered = agree(self.attention, [int(right), int(block.by_values)])
+        counted = count.total + block.multiplications
+        gathered = agree(self.attention, [int(right), int(block.by_values), counted])
         if not all(codes[0] for codes in gathered):
             return None
-        by_values = any(codes[1] for codes in gathered)
-        return BlockPlan(self.candidate, tuple(splits), tuple(block.sharded), by_values)
+        by_values, counted = any(codes[1] for codes in gathered), sum(codes[2] for codes in gathered)
+        return BlockPlan(
+            self.candidate, tuple(splits), tuple(block.sharded), by_values, counted, max(1, sum(self.totals))
+        )
 
     def _outputs(
-        self, block: BlockAttention, call: Callable[..., Any], shards: list[Any], spec: Any
+        self, block: BlockAttention, count: Multiplications, call: Callable[..., Any], shards: list[Any], spec: Any
     ) -> list[Any] | None:
         """Return the output leaves; None if it failed on any rank. No rank waits for one that has failed."""
         outs: list[Any] = []
         code = FAILED
         assert block.dataflow is not None
         try:
-            with attention_goes_to(block), HostReads(block.dataflow.decides), block.dataflow:
+            with attention_goes_to(block), HostReads(block.dataflow.decides), block.dataflow, count:
                 out, left = _call(call, shards, spec)
             outs, out_spec = tree_flatten(out)
             if not same_left(self.left, left):

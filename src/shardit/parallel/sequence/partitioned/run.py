@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes as without_modes
 
 from shardit.core.comm.collectives import Collectives, even_sizes
 from shardit.core.modules.patching import plain_class
+from shardit.errors import UnsupportedError
 from shardit.parallel.attention.hook import attention_goes_to
 from shardit.parallel.attention.sequence_attention import Call
 from shardit.parallel.sequence.partitioned.modules import Arguments, modules_go_to
@@ -68,10 +69,14 @@ class PartitionedBlock:
 
     rows: by the path of a module in the block.
     share: of the multiplications of the block, those that are partitioned.
+    multiplications: of the block, in the call in which these were found.
+    unless_small: why the block is refused, unless its list is small.
     """
 
     rows: Mapping[str, Rows]
     share: float
+    multiplications: int
+    unless_small: UnsupportedError | None = None
 
 
 class PartitionedCall:
@@ -196,12 +201,6 @@ def attention_share(call: Call, size: int) -> AttentionShare | None:
     if plain and not call.causal and call.not_ring is None and call.q.shape[1] >= size:
         return AttentionShare(1, even_sizes(call.q.shape[1], size), [])
     return None
-
-
-def multiplications(call: Call) -> int:
-    """Return the number of multiplications of an attention call."""
-    batch, queries, heads, width = call.q.shape
-    return batch * queries * heads * call.k.shape[1] * (width + call.v.shape[3])
 
 
 def rows_by_module(block: nn.Module, partitioned: PartitionedBlock) -> PartitionedRows:

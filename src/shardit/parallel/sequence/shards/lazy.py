@@ -91,3 +91,23 @@ class ShardCache:
             if len(self._made) > MAX_CACHED:
                 self._made.popitem(last=False)
         return known[2]
+
+
+def batches(shapes: list[Shape | None]) -> tuple[int | None, ...]:
+    """Return the numbers of samples in the arguments of a call: a block may relate the samples of larger batches."""
+    return tuple(shape[0] if shape else None for shape in shapes)
+
+
+def full_shape(leaf: Any) -> Shape | None:
+    """Return the shape of the whole of an argument, None if it is not a tensor."""
+    source = shard_source(leaf)
+    if source is not None:
+        return source.full
+    return tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else None
+
+
+def shard_source(leaf: Any) -> ShardSource | None:
+    """Return the source of an argument's shards, if it is the whole output of a block and not gathered yet."""
+    if type(leaf) is PendingTensor and isinstance(leaf._source, ShardSource) and leaf._source.is_whole(leaf):
+        return leaf._source
+    return None

@@ -88,7 +88,7 @@ class Model(nn.Module):
         height, tokens = picture.shape[2], picture.flatten(2).transpose(1, 2)
         angles = torch.linspace(0, 3, tokens.shape[1])[:, None] * torch.linspace(1, 0.1, WIDTH // HEADS)
         for block in self.blocks:
-            tokens = block(tokens, text, (angles.cos(), angles.sin()), height)
+            tokens = block(tokens, text, (angles.cos().to(tokens), angles.sin().to(tokens)), height)
         return tokens
 
 
@@ -141,9 +141,31 @@ def test_states_are_added_up(count: int, way: str) -> None:
         assert sent == 2 * (gathered + sum(2 * 4 * n * (count - 1) // count for n in sums))
 
 
+def staged(rank: int, count: int, method: str) -> tuple[float, float]:
+    """Over stages, too; and how far bfloat16 is from float32 over two ranks and on one."""
+    join(rank, count, method)
+    config = DiffusionParallelConfig(ring_degree=2, pipeline_parallel_size=2)
+    plain, other, half = Model(), shardit.parallelize(Model(), config, timeout_s=30), Model().bfloat16()
+    over = shardit.parallelize(Model().bfloat16(), config, timeout_s=30)
+    given = inputs(8)
+    with torch.no_grad():
+        expected, got = plain(*given), [other(*given) for _ in range(2)]
+        materialize(got)
+        assert max(distance(expected, one) for one in got) <= CLOSE
+        rough = tuple(t.bfloat16() for t in given)
+        alone, spread = half(*rough), over(*rough)
+        materialize(spread)
+    return distance(expected, alone), distance(expected, spread)
+
+
+def test_over_stages_and_in_half_precision() -> None:
+    for alone, spread in run_ranks(4, staged):
+        assert 1e-4 < spread <= 1.3 * alone
+
+
 def test_another_operation_ends_the_ranks() -> None:
     """The others wait for a sum that does not come, or is of another size."""
-    comm: Any = SimpleNamespace(group=SimpleNamespace(rank=1), all_reduce=lambda tensor, yields: tensor * 2)
+    comm: Any = SimpleNamespace(group=SimpleNamespace(rank=1), all_reduce=lambda tensor, meanwhile: tensor * 2)
     rows = torch.randn(5, 4)
     sums = {("aten::sum.dim_IntList", 0): RowSum(mean=True, shape=(4,))}
     with summed(sums, comm, share=0.25):

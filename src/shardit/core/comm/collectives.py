@@ -24,13 +24,12 @@ class Collectives:
         self.messages = 0
         self.trains = False
 
-    def all_reduce(self, tensor: torch.Tensor, yields: bool = True) -> torch.Tensor:
-        """Return the sum over all ranks, in place; the same bits on every rank. yields: whether other calls run
-        meanwhile; not possible inside a dispatch mode."""
+    def all_reduce(self, tensor: torch.Tensor, meanwhile: Callable[[], object] = yield_while_waiting) -> torch.Tensor:
+        """Return the sum over all ranks, in place; the same bits on every rank. meanwhile: what runs during the
+        message: by default, other calls."""
         self._count(2 * tensor.numel() * tensor.element_size() * (self.size - 1) // self.size)
         work = self.group.start_all_reduce(tensor)
-        if yields:
-            yield_while_waiting()
+        meanwhile()
         self.group.wait([work], "all-reduce", tensor)
         return tensor
 

@@ -150,7 +150,8 @@ def summed(sums: Sums, comm: Collectives, share: float) -> Iterator[None]:
             raise RankError(comm.group.rank, _changed(site, tuple(out.shape), expected.shape))
         left.discard(site)
         part = out * share if expected.mean else out
-        return comm.all_reduce(part.clone(memory_format=torch.contiguous_format), yields=False)
+        part = part.clone(memory_format=torch.contiguous_format)
+        return comm.all_reduce(part, meanwhile=lambda: None)  # other calls cannot run inside an operation
 
     with Operations(add):
         yield

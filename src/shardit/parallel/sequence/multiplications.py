@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,8 +23,8 @@ class Multiplications(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        packet = getattr(func, "_overloadpacket", None)
-        count = flop_registry.get(LIKE.get(packet, packet))
+        packet: Any = getattr(func, "_overloadpacket", None)
+        count = flop_registry.get(cast("Any", LIKE.get(packet, packet)))
         if count is None and isinstance(func, torch._ops.OpOverload) and torch.is_inference_mode_enabled():
             with self:  # in inference mode, products arrive as the operations that are made of them
                 out = func.decompose(*args, **kwargs)

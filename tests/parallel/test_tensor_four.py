@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -12,12 +11,6 @@ from tests.parallel.test_tensor import CLOSE, survey
 from tests.support import survey_models
 from tests.support.ranks import run_ranks
 from tests.support.survey_models import Entry
-
-HEADS = {"num_attention_heads": 4, "n_heads": 4}
-"""Names of the number of heads in configurations."""
-
-WIDER: dict[str, dict[str, Any]] = {}
-"""What else follows from the width of 4 heads of 16."""
 
 IDS = (
     "WanVACETransformer3DModel",
@@ -35,9 +28,8 @@ IDS = (
 
 def with_four_heads(name: str) -> Entry:
     entry = survey_models.entry(name)
-    heads = {key: count for key, count in HEADS.items() if key in entry.config}
-    assert heads
-    return replace(entry, config={**entry.config, **heads, **WIDER.get(name, {})})
+    assert "num_attention_heads" in entry.config
+    return replace(entry, config={**entry.config, "num_attention_heads": 4})
 
 
 def four(rank: int, count: int, method: str, ids: tuple[str, ...]) -> dict[str, float | str]:

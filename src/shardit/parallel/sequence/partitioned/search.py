@@ -42,11 +42,12 @@ WORTH = 0.5
 
 class Observer:
     """Watches a block that runs on all tokens: tries each module on rows, the outer ones first, and counts
-    multiplications. failed: modules that cannot be partitioned."""
+    multiplications. failed: modules that cannot be partitioned. several: whether modules that take several
+    tensors are tried."""
 
-    def __init__(self, block: nn.Module, size: int, failed: Collection[str] = ()):
+    def __init__(self, block: nn.Module, size: int, failed: Collection[str] = (), several: bool = True):
         self._names = {module: name for name, module in block.named_modules()}
-        self._size = size
+        self._size, self._several = size, several
         self._inside = False
         self.count, self.attention = Multiplications(), 0
         self.rows: dict[str, Rows] = {}
@@ -58,7 +59,8 @@ class Observer:
     ) -> Any:
         """See `modules.ModuleHandler`."""
         name, given = self._names[module], Arguments.of(args, kwargs)
-        tried = name not in self.failed and bool(given.places) and (len(given.places) == 1 or given.plain)
+        tried = name not in self.failed and bool(given.places)
+        tried &= len(given.places) == 1 or (given.plain and self._several)
         if self._inside or not tried:
             if not self._inside:
                 self.failed.add(name)
@@ -106,8 +108,9 @@ def find_partition(
     # With noise, masks that hide nothing show; without it, flags that are numbers do, such as zeros for "no picture".
     cases = [_Case(attention, block, call, given, spec) for given in (disturbed(leaves), leaves)]
     failed: frozenset[str] = frozenset()
-    for case in cases:
-        found, failed = attention.sp.group.broadcast_object(case.observed(failed), 0)
+    # At last without modules of several tensors: whole attention may keep a map of its call, of the rank's rows alone.
+    for case, several in ((cases[0], True), (cases[1], True), (cases[1], False)):
+        found, failed = attention.sp.group.broadcast_object(case.observed(failed, several), 0)
         if found is None:
             return None
         if all(other.same(found) for other in cases):
@@ -134,9 +137,9 @@ class _Case:
         with nullcontext() if how is None else operations_go_to(how):
             return self._call(*args, **kwargs)
 
-    def observed(self, failed: frozenset[str]) -> tuple[PartitionedBlock | None, frozenset[str]]:
+    def observed(self, failed: frozenset[str], several: bool) -> tuple[PartitionedBlock | None, frozenset[str]]:
         """Return what can be partitioned without the modules that have failed, and those that have failed by now."""
-        observer = Observer(self._block, self._attention.sp.size, failed)
+        observer = Observer(self._block, self._attention.sp.size, failed, several)
         try:
             with observer.count:
                 self._run(observer)

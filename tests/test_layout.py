@@ -232,10 +232,10 @@ BUDGET = {
     "language": 2800,
     "loading": 1370,
     "models": 930,
-    "parallel": 5250,
+    "parallel": 5220,
     "server": 5310,
     "settings": 450,
-    "training": 4330,
+    "training": 4265,
 }
 """Lines of code of each folder, as `make size` counts them; a number is raised on purpose, or not at all."""
 

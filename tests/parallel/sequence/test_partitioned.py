@@ -16,7 +16,7 @@ from shardit import DiffusionParallelConfig, UnsupportedError
 from shardit.core.comm.collectives import Collectives
 from shardit.core.runtime.pending import materialize
 from shardit.parallel.attention.sequence_attention import Call
-from shardit.parallel.sequence.partitioned.run import CHANNELS, Rows, attention_share
+from shardit.parallel.sequence.partitioned.run import CHANNELS, Rows, attention_share, memory_order
 from tests.diffusion.test_parallelize import join
 from tests.support.ranks import run_ranks
 from tests.support.transformers_page import TOKENS, run_sharded
@@ -366,3 +366,21 @@ def test_a_mask_that_only_flex_attention_knows() -> None:
     assert isinstance(ulysses, float)
     assert ulysses <= CLOSE
     assert "ring_degree=2 does not work with the attention back end 'flex'" in str(ring)
+
+
+ORDERS = [
+    ((1, 32, 4, 4), (32, 1, 128, 32), 0, [0, 2, 3, 1]),  # attention's output, transposed: one sample
+    ((1, 32, 4, 4), (512, 1, 128, 32), 0, [0, 2, 3, 1]),
+    ((2, 32, 4, 4), (512, 16, 4, 1), 0, [0, 1, 2, 3]),
+    ((2, 32, 1, 4), (128, 4, 4, 1), 2, [0, 1, 2, 3]),
+    ((2, 32, 1, 4), (384, 12, 4, 1), 2, [0, 1, 2, 3]),  # a row of three
+    ((2, 32, 1, 4), (128, 1, 128, 32), 2, [0, 2, 3, 1]),
+    ((2, 32, 4, 1), (128, 1, 32, 32), 3, [0, 2, 3, 1]),
+]
+
+
+@pytest.mark.parametrize(("shape", "strides", "dim", "order"), ORDERS, ids=str)
+def test_order_in_memory_of_gathered_rows(
+    shape: tuple[int, ...], strides: tuple[int, ...], dim: int, order: list[int]
+) -> None:
+    assert memory_order(torch.empty_strided(shape, strides), dim) == order

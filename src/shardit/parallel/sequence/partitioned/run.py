@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -164,9 +165,20 @@ def some_channels(
 def gathered(rows: torch.Tensor, sizes: list[int], dim: int, comm: Collectives) -> torch.Tensor:
     """Return the rows of all ranks, with the dimensions in the same order in memory as in those of this rank: code may
     view the result."""
-    order = sorted(range(rows.ndim), key=rows.stride, reverse=True)
+    order = memory_order(rows, dim)
     whole = comm.all_gather(rows, sizes, dim).permute(order).contiguous()
     return whole.permute([order.index(d) for d in range(rows.ndim)])
+
+
+def memory_order(rows: torch.Tensor, dim: int) -> list[int]:
+    """Return the dimensions of a tensor from the outermost in memory to the innermost, as they are if `dim` gets more
+    rows. A single row may have any stride; then `dim` comes before the dimensions that follow it."""
+    order = sorted(range(rows.ndim), key=rows.stride, reverse=True)
+    inner = order[order.index(dim) + 1 :]
+    if rows.shape[dim] == 1 and rows.stride(dim) != math.prod(rows.shape[d] for d in inner):
+        order.remove(dim)
+        order.insert(next((n for n, d in enumerate(order) if d > dim), len(order)), dim)
+    return order
 
 
 @dataclass(frozen=True)

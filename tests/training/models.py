@@ -16,6 +16,15 @@ from tests.language import families
 from tests.support import survey_models
 from tests.support.survey_models import Draw
 
+IMAGES = (
+    "WanTransformer3DModel",
+    "FluxTransformer2DModel",
+    "QwenImageTransformer2DModel",
+    "SD3Transformer2DModel",
+)
+TEXTS = ("llama", "gemma3_text", "mixtral")
+"""Names of tasks that are tried in more ways than others."""
+
 
 @dataclass(frozen=True)
 class Task:

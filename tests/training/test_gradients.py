@@ -17,17 +17,10 @@ from tests.language import families
 from tests.support import survey_models
 from tests.support.ranks import run_ranks
 from tests.training.cases import Odd, cases, odd
-from tests.training.models import Task, accumulate, task, worst
+from tests.training.models import IMAGES, TEXTS, Task, accumulate, task, worst
 from tests.training.runs import cases_right, join, one_step
 
 CLOSE = 2e-6
-PICTURES = (
-    "WanTransformer3DModel",
-    "FluxTransformer2DModel",
-    "QwenImageTransformer2DModel",
-    "SD3Transformer2DModel",
-)
-TEXTS = ("llama", "gemma3_text", "mixtral")
 
 
 def all_of(rank: int, size: int, method: str, names: tuple[str, ...], runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -53,7 +46,7 @@ def check(of_ranks: list[dict[str, Any]], expected: int) -> None:
         assert sum(found[name]["compared"] for found in of_ranks) > 0
 
 
-@pytest.mark.parametrize("names", [PICTURES, TEXTS])
+@pytest.mark.parametrize("names", [IMAGES, TEXTS])
 def test_two_stages(names: tuple[str, ...]) -> None:
     runs: list[dict[str, Any]] = [
         {},
@@ -98,7 +91,7 @@ def deep(name: str) -> Task:
     """A task with eight blocks, so that each of four stages may have two chunks."""
     if name in TEXTS:
         return replace(task(name), build=lambda: families.make(name, num_hidden_layers=8))
-    if name in PICTURES:
+    if name in IMAGES:
         entry = survey_models.entry(name)
         return replace(task(name), build=replace(entry, config={**entry.config, "num_layers": 8}).build)
 
@@ -112,7 +105,7 @@ def deep(name: str) -> Task:
 def of_four_stages(rank: int, size: int, method: str, schedule: str, counts: tuple[int, ...]) -> dict[str, Any]:
     join(rank, size, method)
     options = {"pipeline_parallel_size": size, "schedule": schedule}
-    names = (*PICTURES, "llama", "mixtral", "plain", "made between", "tied blocks", "tied ends", "each block twice")
+    names = (*IMAGES, "llama", "mixtral", "plain", "made between", "tied blocks", "tied ends", "each block twice")
     return {f"{name} {count}": one_step(deep(name), count, options) for name in names for count in counts}
 
 

@@ -15,18 +15,11 @@ from shardit.parallel import differentiable
 from tests.language import families
 from tests.support.ranks import run_ranks
 from tests.training.cases import cases, wan
-from tests.training.models import Task, accumulate, task
+from tests.training.models import IMAGES, TEXTS, Task, accumulate, task
 from tests.training.runs import join, one_step
 
 CLOSE = 2e-6
 """Beyond the effect of rounding: sums over slices round differently in the forward, too."""
-PICTURES = (
-    "WanTransformer3DModel",
-    "FluxTransformer2DModel",
-    "QwenImageTransformer2DModel",
-    "SD3Transformer2DModel",
-)
-TEXTS = ("llama", "gemma3_text", "mixtral")
 
 
 def check(of_ranks: list[dict[str, Any]], expected: int) -> None:
@@ -47,7 +40,7 @@ def all_of(rank: int, size: int, method: str, names: tuple[str, ...], **options:
     return {name: one_step(task(name), 3, options) for name in names}
 
 
-@pytest.mark.parametrize("names", [PICTURES, TEXTS])
+@pytest.mark.parametrize("names", [IMAGES, TEXTS])
 def test_two_tensor_ranks(names: tuple[str, ...]) -> None:
     check(run_ranks(2, functools.partial(all_of, tensor_parallel_size=2), names, timeout=200), len(names))
 

@@ -6,7 +6,7 @@ import logging
 import math
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,6 +107,13 @@ def tied_names(module: nn.Module) -> list[list[str]]:
     for name, tensor in module.state_dict(keep_vars=True).items():
         groups.setdefault(id(tensor), []).append(name)
     return list(groups.values())
+
+
+def names_of_stage(module: nn.Module, blocks: Sequence[str], owners: Sequence[int], stage: int) -> set[str]:
+    """Return the names of parameters and persistent buffers that a stage needs: those of its blocks, and those outside
+    of blocks. A tied one has several names, and is needed if any of these is."""
+    others = tuple(f"{name}." for name, owner in zip(blocks, owners, strict=True) if owner != stage)
+    return {name for tied in tied_names(module) for name in tied if any(not one.startswith(others) for one in tied)}
 
 
 def check_tensors(module: nn.Module, checkpoint: Checkpoint) -> None:

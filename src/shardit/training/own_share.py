@@ -11,7 +11,7 @@ from shardit.core.comm.mesh import Mesh
 from shardit.core.modules.blocks import find_blocks, lacks_data
 from shardit.core.placement.slices import Owned
 from shardit.core.training.schedules import owner_of_chunk
-from shardit.loading.weights import tied_names
+from shardit.loading.weights import names_of_stage
 from shardit.training.placing import placing
 
 Share = Callable[[nn.Module], Owned]
@@ -40,10 +40,7 @@ def _share(model: nn.Module, config: DiffusionParallelConfig, schedule: str, sta
         return lambda name: True
     chunks = placing(model, [block for _, block in blocks], config, schedule)(range(len(blocks)))
     owners = [owner_of_chunk(chunk, config.pipeline_parallel_size, schedule) for chunk in chunks]
-    others = tuple(f"{name}." for (name, _), owner in zip(blocks, owners, strict=True) if owner != stage)
-    # Tied weights have several names, and are needed if any of these is.
-    needed = {name for tied in tied_names(model) for name in tied if any(not one.startswith(others) for one in tied)}
-    return needed.__contains__
+    return names_of_stage(model, [name for name, _ in blocks], owners, stage).__contains__
 
 
 def whole_note(name: str, model: nn.Module, share: Share) -> list[str]:

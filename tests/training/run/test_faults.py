@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,10 @@ import pytest
 
 from shardit import InputError, RankError
 from shardit.training.run.checkpoint import find
-from tests.support.fork_servers import kept_fork_server
 from tests.support.paths import ROOT
 from tests.training.run.runs import rows, run, same, weights
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_fork_server() -> Iterator[None]:
-    with kept_fork_server():
-        yield
+pytestmark = pytest.mark.usefixtures("one_fork_server")
 
 
 TWO: dict[str, Any] = {"pipeline_parallel_size": 2, "timeout_s": 60.0, "steps": 6}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,13 @@ from torch import nn
 from shardit.core.comm.mesh import init_mesh
 from shardit.core.runtime.randomness import seed_all
 from shardit.training.run.steps.trained import step_seed
-from tests.support.fork_servers import kept_fork_server
 from tests.training.run import toy
 from tests.training.run.runs import apart, rows, run, same, spec, weights
 
 CLOSE = 1e-5
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_fork_server() -> Iterator[None]:
-    with kept_fork_server():
-        yield
+pytestmark = pytest.mark.usefixtures("one_fork_server")
 
 
 EXPERTS: dict[str, Any] = {"model": "toy experts", "steps": 6, "batch_size": 2, "data": "toy:5", "optimizer": "sgd"}

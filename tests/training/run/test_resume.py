@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from shardit import InputError, RankError
 from shardit.training.run.checkpoint import find
 from shardit.training.run.steps.rates import rate
-from tests.support.fork_servers import kept_fork_server
 from tests.training.run.runs import apart, rows, run, same, spec, weights
 
 COMMON: dict[str, Any] = {
@@ -29,10 +27,7 @@ COMMON: dict[str, Any] = {
 CLOSE = 2e-6
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_fork_server() -> Iterator[None]:
-    with kept_fork_server():
-        yield
+pytestmark = pytest.mark.usefixtures("one_fork_server")
 
 
 @pytest.fixture(scope="module")

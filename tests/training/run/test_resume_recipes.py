@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from shardit.training.run.launch import LocalRun
 from shardit.training.run.messages import SESSION, TrainSpec
 from shardit.training.run.options.check import DIFFUSION, LANGUAGE
 from shardit.training.settings import TrainSettings
-from tests.support.fork_servers import kept_fork_server
 from tests.training.run.runs import rows, same
 
 LORA: dict[str, Any] = {
@@ -41,10 +39,7 @@ TEXTS: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_fork_server() -> Iterator[None]:
-    with kept_fork_server():
-        yield
+pytestmark = pytest.mark.usefixtures("one_fork_server")
 
 
 def images(folder: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from shardit.config import DiffusionParallelConfig
 from shardit.training.run.checkpoint import find
 from shardit.training.run.options.check import check_optimizer
 from shardit.training.settings import TrainSettings
-from tests.support.fork_servers import kept_fork_server
 from tests.training.run.runs import apart, rows, run, same, weights
 
 COMMON: dict[str, Any] = {
@@ -32,10 +30,7 @@ CLOSE = 2e-5
 """Over ten steps of AdamW."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_fork_server() -> Iterator[None]:
-    with kept_fork_server():
-        yield
+pytestmark = pytest.mark.usefixtures("one_fork_server")
 
 
 @pytest.fixture(scope="module")

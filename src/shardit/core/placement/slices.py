@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -36,6 +36,13 @@ class Slice:
 
         parts = [tensor.narrow(self.dim, start, length) for start, length in self.segments]
         return torch.cat(parts, self.dim) if len(parts) > 1 else parts[0].clone(memory_format=torch.contiguous_format)
+
+    def pairs(self, whole: torch.Tensor, part: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield each segment as a view of a whole tensor and of its slice."""
+        at = 0
+        for start, length in self.segments:
+            yield whole.narrow(self.dim, start, length), part.narrow(self.dim, at, length)
+            at += length
 
 
 Owned = Callable[[str], "bool | Slice"]

@@ -20,7 +20,7 @@ from shardit.loading.index import ADAPTER_CONFIG
 from shardit.loading.meta import build
 from shardit.loading.safetensors_file import Reads
 from shardit.loading.transformers_model import load_transformers
-from shardit.loading.weights import Owned, tied_names
+from shardit.loading.weights import Owned, names_of_stage
 from shardit.parallel.tensor.apply import owned_slices
 from shardit.settings.lora import Lora
 
@@ -107,10 +107,7 @@ class PreparedDecoder:
         """Return the weights that the rank at `coords` of the mesh needs: its slices of the weights of its stage's
         blocks, and of those outside all blocks."""
         blocks = [name for name, _ in blocks_of(self.module)]
-        others = tuple(f"{name}." for name, owner in zip(blocks, layout.owners, strict=True) if owner != coords["pp"])
-        # Tied weights have several names, and are needed if any of these is.
-        groups = tied_names(self.module)
-        needed = {name for tied in groups for name in tied if any(not one.startswith(others) for one in tied)}
+        needed = names_of_stage(self.module, blocks, layout.owners, coords["pp"])
         return owned_slices(needed.__contains__, layout.slices, coords["tp"])
 
     def load(

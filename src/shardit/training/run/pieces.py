@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from shardit.core.placement.slices import Shards
+from shardit.core.placement.slices import Shards, Slice
 
 Contents = Sequence[dict[str, Any]]
 """The contents of the files of a checkpoint."""
@@ -38,14 +38,11 @@ def own_part(pieces: Sequence[tuple[torch.Tensor, Place | None]], cut: Shards | 
         shape[place["dim"]] = place["total"]
         whole = whole.new_empty(shape)
         for tensor, found in pieces:
-            _put(whole, tensor, found or place)
+            for into, piece in _slice(found or place).pairs(whole, tensor):
+                into.copy_(piece)
     fits = cut is not None and whole.ndim > cut.dim and whole.shape[cut.dim] == cut.total
     return cut.of(rank).take(whole) if cut is not None and fits else whole
 
 
-def _put(whole: torch.Tensor, piece: torch.Tensor, place: Place) -> None:
-    """Write a slice into its place in a whole tensor."""
-    at = 0
-    for start, length in place["segments"]:
-        whole.narrow(place["dim"], start, length).copy_(piece.narrow(place["dim"], at, length))
-        at += length
+def _slice(place: Place) -> Slice:
+    return Slice(place["dim"], tuple((start, length) for start, length in place["segments"]))

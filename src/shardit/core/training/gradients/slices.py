@@ -77,8 +77,7 @@ def _spread(parameter: nn.Parameter, cut: Shards, rank: int) -> nn.Parameter:
     shape[cut.dim] = cut.total
     made = nn.Parameter(parameter.new_empty(shape))
     if parameter.grad is not None:
-        made.grad, at = torch.zeros_like(made), 0
-        for start, length in cut.ranks[rank]:
-            made.grad.narrow(cut.dim, start, length).add_(parameter.grad.narrow(cut.dim, at, length))
-            at += length
+        made.grad = torch.zeros_like(made)
+        for into, piece in cut.of(rank).pairs(made.grad, parameter.grad):
+            into.add_(piece)
     return made

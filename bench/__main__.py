@@ -1,6 +1,6 @@
 """`python -m bench`: a table, and as the last line one JSON document, also written to `bench/results/`.
 
-Names for --only: speed, axes, overhead, host, memory, startup, numerics, schedules, training, serve,
+Names for --only: speed, axes, operations, overhead, host, memory, startup, numerics, schedules, training, serve,
 serve-texts. With --quick everything is small and nothing is waited for: it shows that the bench works, not how fast
 anything is, and writes no result file unless --output names one.
 """
@@ -23,6 +23,7 @@ from bench import (
     memory,
     model,
     numerics,
+    operations,
     overhead,
     report,
     schedules,
@@ -36,6 +37,7 @@ from bench import (
 NAMES = (
     "speed",
     "axes",
+    "operations",
     "overhead",
     "host",
     "memory",
@@ -94,6 +96,7 @@ def _measurements(options: argparse.Namespace, folder: str) -> dict[str, Callabl
     return {
         "speed": lambda: speed.measure(size, on_disk(), rounds, 0 if quick else options.patience),
         "axes": lambda: speed.measure(size, on_disk(), rounds, 0 if quick else options.patience, speed.AXES),
+        "operations": lambda: operations.measure(size, on_disk(), rounds),
         "overhead": lambda: overhead.measure(size, on_disk(), 3 if quick else 30),
         "host": lambda: host.measure(50 if quick else 500),
         "memory": lambda: memory.measure(size, on_disk()),

@@ -13,6 +13,7 @@ def table(document: dict[str, Any]) -> str:
     parts = {
         "speed": _speed,
         "axes": _speed,
+        "operations": _operations,
         "overhead": _overhead,
         "host": _host,
         "memory": _memory,
@@ -60,6 +61,11 @@ def _speed(found: dict[str, Any]) -> list[str]:
 
 def _row(name: Any, *cells: Any) -> str:
     return f"  {name!s:<34}" + "".join(f"{cell!s:>11}" for cell in cells)
+
+
+def _operations(found: dict[str, dict[str, float]]) -> list[str]:
+    lines = ["Seconds of one rank by kind of operation, under torch's profiler:", _row("", *found["plain"])]
+    return lines + [_row(name, *(f"{s:.2f}" for s in seconds.values())) for name, seconds in found.items()]
 
 
 def _overhead(found: dict[str, Any]) -> list[str]:

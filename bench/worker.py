@@ -14,9 +14,11 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from bench import host, model, numerics, peers
+import shardit
+from bench import host, model, numerics, operations, peers
 from shardit.config import DiffusionParallelConfig
 from shardit.core.comm.mesh import axis_sizes
+from shardit.diffusion.sharding import component_sharding
 from shardit.engine import session as session_module
 from shardit.engine.inspect import inspect_model
 from shardit.engine.process.messages import SessionSpec
@@ -160,6 +162,21 @@ class Worker:
         """Let the peak of `memory` begin anew."""
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
+
+    def open_sharded(self, name: str, folder: str, options: dict[str, Any]) -> None:
+        """Load the whole pipeline with diffusers and shard its transformer."""
+        self._join()
+        self._peers[name] = tiny.load_plain(folder)
+        self._peers[name].set_progress_bar_config(disable=True)
+        shardit.parallelize(self._peers[name].transformer, DiffusionParallelConfig(**options))
+
+    def operations(self, name: str | None, size: model.Size, seeds: tuple[int, ...]) -> dict[str, float]:
+        """Seconds by kind of operation of such a pipeline, or of plain diffusers; see `bench.operations`."""
+        # Calls under a profiler are refused, as no range may be open when coroutines switch; operations never are.
+        allowed = mock.patch.object(component_sharding, "refuse_profiler")
+        with allowed, torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            run = self.run_plain(size, seeds, False) if name is None else self.run_peer(name, size, seeds, False)
+        return operations.seconds_by_kind(profiler, run["end"] - run["start"], run["main_s"], run["cpu_s"])
 
     def profile(self, name: str, size: model.Size, seeds: tuple[int, ...], guided: bool) -> str:
         """`run_session` under cProfile: the functions with the most time of their own (for people, see README)."""

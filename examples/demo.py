@@ -35,27 +35,31 @@ def generate(target: Path, stages: int) -> str:
     return done.stdout
 
 
-def plain_video(target: Path, spent: dict[str, float]) -> None:
-    """The same call of plain diffusers, in this process, saved by the same encoder."""
+def videos_of_this_process(plain: Path, one_rank: Path, spent: dict[str, float]) -> None:
+    """Make the video in this process: plain diffusers, then shardit on one rank; both use shardit's encoder."""
     with timed(spent, "imports"):
         import diffusers.pipelines.wan
         import torch
         import transformers
 
-        from shardit import Output
+        import shardit
         from shardit.models import tiny
 
     torch.set_num_threads(1)
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    with timed(spent, "model"):
-        pipe = tiny.load_plain(tiny.resolve(MODEL))
-    pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator("cpu").manual_seed(SEED)
     call = tiny.filled_in("shapes", ())  # the command line takes these for a tiny model, too
-    with timed(spent, "plain diffusers"):
-        frames = pipe(prompt=PROMPT, generator=generator, output_type="pil", **call).frames
-    Output(prompt=PROMPT, seed=SEED, frames=frames, fps=16).save(target)
+    loaders = {
+        "plain diffusers": (plain, lambda: tiny.load_plain(tiny.resolve(MODEL))),
+        "one rank": (one_rank, lambda: shardit.load(MODEL)),
+    }
+    for name, (target, load) in loaders.items():
+        with timed(spent, name):
+            pipe = load()
+            pipe.set_progress_bar_config(disable=True)
+            generator = torch.Generator("cpu").manual_seed(SEED)
+            frames = pipe(prompt=PROMPT, generator=generator, output_type="pil", **call).frames
+            shardit.Output(prompt=PROMPT, seed=SEED, frames=frames, fps=16).save(target)
 
 
 def decoded(path: Path) -> list[bytes]:
@@ -74,13 +78,14 @@ def timed(spent: dict[str, float], what: str) -> Iterator[None]:
     spent[what] = time.perf_counter() - begin
 
 
-def inspect_and_generate(target: Path, spent: dict[str, float]) -> None:
-    """Print what each of two ranks would hold, then make the video on one rank."""
-    command = [sys.executable, "-m", "shardit", "inspect", "--model", MODEL, "--pipeline-parallel-size", "2"]
-    if code := subprocess.run(command, check=False).returncode:
-        sys.exit(code)
-    with timed(spent, "one rank"):
-        generate(target, stages=1)
+def inspect_and_generate(spent: dict[str, float]) -> None:
+    """Print the share of each of two ranks, then make the video on these."""
+    with timed(spent, "inspect"):
+        command = [sys.executable, "-m", "shardit", "inspect", "--model", MODEL, "--pipeline-parallel-size", "2"]
+        if code := subprocess.run(command, check=False).returncode:
+            sys.exit(code)
+    with timed(spent, "two stages"):
+        generate(TARGET, stages=2)
 
 
 def answered() -> bool:
@@ -125,13 +130,11 @@ def main() -> None:
     if started := os.environ.get("DEMO_STARTED"):  # when `make demo` began
         spent["environment"] = time.time() - int(started)
     with tempfile.TemporaryDirectory() as folder:
-        one_rank, plain = Path(folder, "one-rank.mp4"), Path(folder, "plain.mp4")
-        with ThreadPoolExecutor(1) as meanwhile:  # the comparisons take both cores of a small machine
-            others = meanwhile.submit(inspect_and_generate, one_rank, spent)
-            plain_video(plain, spent)
-            others.result()
-        with timed(spent, "two stages"):
-            generate(TARGET, stages=2)
+        plain, one_rank = Path(folder, "plain.mp4"), Path(folder, "one-rank.mp4")
+        with ThreadPoolExecutor(1) as meanwhile:  # commands and imports leave time on two cores
+            stages = meanwhile.submit(inspect_and_generate, spent)
+            videos_of_this_process(plain, one_rank, spent)
+            stages.result()
         with timed(spent, "answer"):
             same_answer = answered()
         frames = [decoded(path) for path in (TARGET, one_rank, plain)]

@@ -406,6 +406,30 @@ def test_animations_have_the_frames_that_diffusers_reads(tmp_path):
         assert [frame.tobytes() for frame in read] == [frame.tobytes() for frame in expected]
 
 
+@pytest.mark.parametrize(
+    ("form", "codec", "sound"),
+    [("matroska", "libx264", 0), ("webm", "libvpx", 0), ("flv", "flv1", 0), ("mp4", "libx264", 6)],
+)
+def test_a_video_that_was_cut_off(form, codec, sound):
+    file = io.BytesIO()
+    with av.open(file, "w", format=form) as container:
+        images = container.add_stream(codec, rate=16, width=48, height=32, pix_fmt="yuv420p")
+        tones = [container.add_stream("aac", rate=8000)] if sound else []
+        packets = [p for seed in range(64) for p in images.encode(av.VideoFrame.from_image(noise(48, 32, seed=seed)))]
+        for packet in packets + images.encode():
+            container.mux(packet)
+        for stream in tones:  # longer than the images
+            silence = av.AudioFrame.from_ndarray(np.zeros((1, 8000 * sound), np.float32), "fltp", "mono")
+            silence.sample_rate = 8000
+            for packet in stream.encode(silence) + stream.encode():
+                container.mux(packet)
+    whole = file.getvalue()
+    assert len(open_video(whole)) == 64
+    if not sound:
+        with pytest.raises(InputError, match=r"ends after [\d.]+ s of 4 s: it is cut off; give the whole file"):
+            open_video(whole[: len(whole) * 9 // 10])
+
+
 def test_pictures_given_as_open_files_or_of_other_kinds():
     takes = PipelineSignature("Video", ("video", "mask_image"), images=("video", "mask_image"))
     grey = Image.new("L", (2, 2), 9)

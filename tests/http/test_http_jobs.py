@@ -184,7 +184,7 @@ def test_failed_jobs(images: Served, videos: Served) -> None:
     assert headers["x-should-retry"] == "false"
     _, job, _ = videos.call("POST", "/v1/videos", {"prompt": "fail"})
     failed = videos.until(f"/v1/videos/{job['id']}", "failed")
-    assert failed["error"] == {"code": "ranks_died", "message": "a rank died"}
+    assert failed["error"] == {"code": "ranks_died", "message": "a rank died", "param": None}
     assert videos.call("GET", f"/v1/videos/{job['id']}/content")[0] == 404
 
 

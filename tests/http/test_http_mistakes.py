@@ -17,6 +17,7 @@ from shardit.diffusion.request.model_info import ModelInfo
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from shardit.server.http.answers.waiting import check_completed
 from shardit.server.http.schema.errors import ApiError
+from shardit.server.http.schema.job_errors import job_error
 from shardit.server.jobs.job import Job
 from tests.support.http_calls import NOW, error_of
 from tests.support.http_fake import VIDEO, Served, form, picture, serving
@@ -128,10 +129,14 @@ def test_mistakes_of_videos_are_named(videos: Served, fields: dict[str, Any]) ->
 def test_the_field_that_a_failed_job_names(kind: Any, reason: str, param: str | None) -> None:
     asked = {"prompt": "a", "height": 16, "width": 16, "extra_args": {"audio_end_in_s": 100.0, "strength": 0.5}}
     error = {"code": "generation_failed", "message": reason}
-    job = Job(1, "job_1", kind, "failed", asked, 1, {}, 0.0, 0.0, inputs=("input-0.png",), error=error)
+    view = {"image_field": "input_reference" if kind == "video" else "image"}
+    job = Job(1, "job_1", kind, "failed", asked, 1, view, 0.0, 0.0, inputs=("input-0.png",), error=error)
     with pytest.raises(ApiError) as caught:
         check_completed(job)
     assert (caught.value.status, caught.value.param) == (400, param)
+    shown = job_error(job)
+    assert shown is not None
+    assert shown.param == param  # as answers of GET and events have it
     with pytest.raises(ApiError) as caught:
         check_completed(dataclasses.replace(job, error={**error, "code": "storage"}))
     assert (caught.value.status, caught.value.param) == (500, None)

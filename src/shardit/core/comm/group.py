@@ -267,7 +267,16 @@ class GroupCoordinator:
         except RuntimeError as error:
             text = str(error).splitlines()[0] if str(error) else type(error).__name__
             along = f" along {self.axis}" if self.axis else ""
-            raise RankError(self.rank, f"communication failed ({what}{along}): {text}") from error
+            raise RankError(self.rank, f"communication failed ({what}{along}): {text}{_advice(text)}") from error
+
+
+def _advice(text: str) -> str:
+    """Return the place to look for the cause of a failed message, which lies on another rank."""
+    if "closed by peer" in text or "reset by peer" in text:
+        return "; another rank has failed or ended, see its own error"
+    if "imed out" in text:
+        return "; another rank waits elsewhere: all ranks have to make the same calls, also in callbacks and hooks"
+    return ""
 
 
 def _real(tensor: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +17,7 @@ from shardit.settings.paths import check_name
 
 if TYPE_CHECKING:
     from av import VideoFrame
+    from av.container import InputContainer
 
     ImageSource = str | os.PathLike[str] | bytes | Image.Image
 
@@ -105,12 +107,33 @@ def open_video(source: str | os.PathLike[str] | bytes) -> list[Image.Image]:
 
     try:
         with av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as container:
-            frames = [turned(frame, frame.to_image()) for frame in container.decode(video=0)]
+            frames, end, longest = _frames_until_end(container)
+            whole = (container.duration or 0) / av.time_base
     except (FFmpegError, IndexError, ValueError) as error:
         raise InputError(f"video {name} cannot be read: {reason(error)}; give a video file, such as MP4") from error
     if not frames:
         raise InputError(f"video {name} has no frames; give another file")
+    if end < whole - 2 * longest:  # the last frame may have no length of its own
+        raise InputError(f"video {name} ends after {end:.3g} s of {whole:.3g} s: it is cut off; give the whole file")
     return frames
+
+
+def _frames_until_end(container: InputContainer) -> tuple[list[Image.Image], float, float]:
+    """Return the frames of a video, the time at which its last packet of images or sound ends, and the longest time
+    from one packet of images to the next, in seconds."""
+    stream, end = container.streams.video[0], 0.0
+    frames: list[Image.Image] = []
+    times: list[float] = []
+    for packet in container.demux():
+        is_image = packet.stream.index == stream.index
+        if packet.pts is not None:
+            begin = float(packet.pts * packet.time_base) - (container.start_time or 0) / 1e6
+            end = max(end, begin + float((packet.duration or 0) * packet.time_base))
+            times += [begin] if is_image else []
+        if is_image:
+            frames += [turned(frame, frame.to_image()) for frame in stream.decode(packet)]
+    times.sort()
+    return frames, end, max((later - one for one, later in pairwise(times)), default=end)
 
 
 def _frames_of_animation(source: str | os.PathLike[str] | bytes) -> list[Image.Image] | None:

@@ -10,6 +10,7 @@ from typing import Any
 from starlette.concurrency import run_in_threadpool
 
 from shardit.server.http.answers.waiting import LOOK_S
+from shardit.server.http.schema.job_errors import job_error
 from shardit.server.http.schema.jobs import percent, progress_of
 from shardit.server.http.state.context import Context
 from shardit.server.jobs.job import Job
@@ -44,7 +45,8 @@ async def _event(context: Context, job: Job | None) -> tuple[str, dict[str, Any]
     if job is None:
         return "finished", {"status": "deleted", "error": None}
     if job.ended:
-        return "finished", {"status": job.state, "error": job.error}
+        error = job_error(job)
+        return "finished", {"status": job.state, "error": None if error is None else error.model_dump()}
     if job.state == "queued":
         return "queued", {"position": await run_in_threadpool(context.store.position, job)}
     step = context.live_state.step(job.id)

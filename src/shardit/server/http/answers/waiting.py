@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import re
 
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
 from shardit.server.http.schema.errors import ApiError, busy
+from shardit.server.http.schema.job_errors import is_clients_fault, job_error
 from shardit.server.http.state.context import Context
 from shardit.server.jobs.job import Job
 
@@ -61,26 +61,6 @@ def check_completed(job: Job) -> None:
     """Raise ApiError if the job ended without a result."""
     if job.state == "cancelled":
         raise ApiError(409, f"the job {job.id} was cancelled", code="cancelled")
-    if job.state == "failed":
-        error = job.error or {}
-        code = str(error.get("code", "failed"))
-        status, reason = 400 if code in CLIENTS_FAULT else 500, str(error.get("message", "no reason is known"))
-        param = field_named(job, reason) if status == 400 else None
-        raise ApiError(status, f"the job {job.id} failed: {reason}", code=code, param=param)
-
-
-def field_named(job: Job, reason: str) -> str | None:
-    """Return the only field of a request that the reason of its failure names; None if there is no such one. Advice
-    (`diffusion/request/advice.py`) decides if there is one. Names that are also plain words must be quoted."""
-    _, advice, said = reason.rpartition("; perhaps ")
-    shown_as = {"width": "size", "height": "size", "num_outputs_per_prompt": "n"}
-    shown_as["image"] = "input_reference" if job.kind == "video" else "image"
-    given = {**job.request, **job.request.get("extra_args", {}), **({"image": ""} if job.inputs else {})}
-    plain = [name for name in given if "_" in name or advice]
-    named = {shown_as.get(one, one) for one in plain if re.search(rf"\b{one}\b", said)}
-    named |= {shown_as.get(one, one) for one in given if re.search(rf"[`'\"]{one}\b", said)}
-    return named.pop() if len(named) == 1 else None
-
-
-CLIENTS_FAULT = ("invalid_request", "generation_failed", "out_of_memory")
-"""Codes of job errors that a different request would avoid."""
+    if error := job_error(job):
+        status = 400 if is_clients_fault(error.code) else 500
+        raise ApiError(status, f"the job {job.id} failed: {error.message}", code=error.code, param=error.param)

@@ -6,17 +6,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from shardit.server.http.schema.job_errors import JobError, job_error
 from shardit.server.jobs.job import Job
 from shardit.server.messages import StepDone
 
 SECONDS_A_DAY = 86400.0
-
-
-class JobError(BaseModel):
-    """Reason of a job without result."""
-
-    code: str
-    message: str
 
 
 class ImageLink(BaseModel):
@@ -140,7 +134,7 @@ def view(
         "expires_at": None if job.finished_at is None else int(job.finished_at + keep_days * SECONDS_A_DAY),
         "prompt": job.request.get("prompt"),
         "size": size_of(job) or "auto",
-        "error": _error(job),
+        "error": job_error(job),
         "n": shown.get("n", 1),
         "seed": job.seed,
         "position": position if job.state == "queued" else None,
@@ -211,12 +205,3 @@ def _seconds_of(job: Job) -> str | None:
 def length(frames: int, fps: float) -> str:
     """Return the seconds of a video, as the text that OpenAI's client knows."""
     return f"{round((frames - 1) / fps, 3):g}"
-
-
-def _error(job: Job) -> JobError | None:
-    if job.state == "cancelled":
-        return JobError(code="cancelled", message="the job was cancelled")
-    if job.state != "failed":
-        return None
-    error = job.error or {}
-    return JobError(code=str(error.get("code", "failed")), message=str(error.get("message", "the job failed")))

@@ -91,7 +91,9 @@ async def submit_job(
 
     def store() -> Job:
         whose = owner(request)
-        new, work = _new_job(asked, values, images, takes, info, context, kind, waits=waits, key=key, owner=whose)
+        new, work = _new_job(
+            asked, values, images, field, takes, info, context, kind, waits=waits, key=key, owner=whose
+        )
         job, is_new = store_job(context, new, work)
         if is_new:
             context.live_state.wake()
@@ -177,6 +179,7 @@ def _new_job(
     request: dict[str, Any],
     values: Mapping[str, Any],
     images: dict[str, bytes],
+    image_field: str | None,
     takes: PipelineSignature,
     info: ModelInfo,
     context: Context,
@@ -199,7 +202,7 @@ def _new_job(
         seed=seed,
         cost=estimate.seconds(work, context.store.recall(estimate.SPEED)),
         inputs=images,
-        view={**_view(request, takes, built.fps), **look_of(values)},
+        view={**_view(request, takes, built.fps), **look_of(values), "image_field": image_field or "image"},
         owner=owner,
         priority=values.get("priority", 0),
         waits=waits,

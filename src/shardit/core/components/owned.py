@@ -261,7 +261,9 @@ def _memory_of(tensor: torch.Tensor) -> torch.Tensor:
 def _empty_pending(
     comm: Comm, stage: int, dtype: torch.dtype, size: tuple[int, ...], stride: tuple[int, ...], skew: int
 ) -> torch.Tensor:
-    memory = torch.empty(skew + span(size, stride) * dtype.itemsize, dtype=torch.uint8, device=comm.group.device)[skew:]
+    # NaN in every format until it is here, as in `core/stages/result.py`.
+    length = skew + span(size, stride) * dtype.itemsize
+    memory = torch.full((length,), 255, dtype=torch.uint8, device=comm.group.device)[skew:]
     return LazyBroadcast(comm, stage, memory).wrap(view_bytes(memory, 0, dtype, size, stride))
 
 

@@ -73,8 +73,8 @@ class Fingerprint:
         self._hooks = [own[kind] for own in self._own for kind in HOOKS]
         self._hooks_before = list(map(dict, self._hooks))
         self._hooks_of_users = self._user_hooks()
-        processors = [own[PROCESSOR] for own in self._own if own.get(PROCESSOR) is not None]
-        kinds = dict.fromkeys([*self._classes, *map(type, processors)])
+        self._processors = [own[PROCESSOR] for own in self._own if own.get(PROCESSOR) is not None]
+        kinds = dict.fromkeys([*self._classes, *map(type, self._processors)])
         self._members = Snapshot(dict.fromkeys(base for kind in kinds for base in kind.__mro__ if base is not object))
         self._configured = dict(self._settings_of(with_settings))
         self._settings = Snapshot(self._configured.values())
@@ -181,6 +181,10 @@ class Fingerprint:
     def hooked(self) -> list[str]:
         """Return the names of modules with users' forward hooks, once per hook; "" is the model."""
         return [name for name, _ in self._user_hooks()]
+
+    def processors_outside(self, libraries: tuple[str, ...]) -> bool:
+        """Return whether the code of an attention processor is in none of these libraries (prefixes of modules)."""
+        return any(not type(one).__module__.startswith(libraries) for one in self._processors)
 
     def training(self) -> bool:
         """Return whether any of the modules is in training mode."""

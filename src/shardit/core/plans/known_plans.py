@@ -47,9 +47,11 @@ class KnownPlans:
         return [plan for (of, _), plan in reversed(self.plans.items()) if of == key]
 
     def learn(self, key: Any, leaves: Sequence[Any], deciding: Iterable[int], plan: LocalPlan) -> None:
-        """Store the plan of a call and the argument leaves that it depends on."""
+        """Store the plan of a call and the argument leaves that it depends on. No trace shows which floats are read, so
+        all of them count."""
         before, digest = self.deciding.get(key, ()), plan.plan.digest()
-        self.deciding[key] = tuple(sorted({*before, *deciding}))
+        floats = (number for number, leaf in enumerate(leaves) if isinstance(leaf, float))
+        self.deciding[key] = tuple(sorted({*before, *deciding, *floats}))
         if self.deciding[key] != before:  # the old entries are not keyed by the new leaves
             for where in [where for where in self.found if where[0] == key]:
                 del self.found[where]
@@ -68,5 +70,7 @@ class KnownPlans:
             return b""
         digest = hashlib.blake2b(digest_size=16)
         for q in self.deciding[key]:
-            digest.update(leaves[q].detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+            leaf = leaves[q]
+            tensor = leaf if isinstance(leaf, torch.Tensor) else torch.tensor(leaf, dtype=torch.float64)
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.digest()

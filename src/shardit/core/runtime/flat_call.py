@@ -6,6 +6,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
@@ -30,6 +31,15 @@ class FlatCall:
         args, kwargs = tree_unflatten(list(self.leaves), self.spec)
         return FlatCall(args, kwargs, self.leaves, self.spec)
 
+    def safe(self) -> FlatCall:
+        """Return the call with copies of the tensors whose in-place writes torch does not count (those of inference
+        mode): the caller may write to them while the call is in flight."""
+        if not any(isinstance(leaf, torch.Tensor) and leaf.is_inference() for leaf in self.leaves):
+            return self
+        leaves = [_copied(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        return FlatCall(args, kwargs, tuple(leaves), self.spec)
+
     def signature(self, code: Any) -> tuple[Any, ...]:
         """Return shapes, strides, dtypes and structure of the arguments, values of leaves that are not tensors (except
         floats, which change from step to step), and the modes of torch. `code`: other state on which the computation
@@ -49,6 +59,10 @@ class FlatCall:
         return (str(self.spec), tuple(kinds), modes(), code)
 
 
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
 def modes() -> tuple[Any, ...]:
     """Return inference and autocast modes (grad mode does not affect a staged forward: it runs without gradients)."""
     kind = "cuda" if torch.cuda.is_available() else "cpu"
@@ -62,4 +76,6 @@ def describe_leaf(leaf: Any) -> Any:
         return (leaf.dtype, tuple(leaf.shape), tuple(leaf.stride()), leaf.device.type)
     if isinstance(leaf, (bool, int, str, bytes, type(None), torch.dtype, torch.device)):
         return (type(leaf).__name__, leaf)
+    if isinstance(leaf, (numpy.integer, numpy.bool_)):
+        return (type(leaf).__name__, leaf.item())
     return type(leaf).__name__

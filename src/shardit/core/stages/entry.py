@@ -85,11 +85,13 @@ class ModelEntry:
                 try:
                     call = FlatCall.of(args, kwargs)
                     materialize_leaves(call.leaves)
+                    call = call.safe() if watched else call
                     if self._runtime is not None:
                         if not self._runtime.mesh.keeps_graph:
                             refuse_gradients(model, call.leaves)
                         self._compare(self._runtime, model, call)
-                    return own_call(model, *args, **kwargs) if run is None else run(own_call.__get__(model), call)
+                    own = own_call.__get__(model)
+                    return own(*call.args, **call.kwargs) if run is None else run(own, call)
                 finally:
                     inside.reset(token)
                     if watched:

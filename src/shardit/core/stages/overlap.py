@@ -32,6 +32,7 @@ from shardit.core.stages.first_call import object_in
 from shardit.core.stages.result import Result
 from shardit.core.stages.runtime import Runtime
 from shardit.core.stages.stages import scales_adapters
+from shardit.core.stages.user_code import UserCode
 from shardit.errors import RankError, UnsupportedError
 
 
@@ -121,13 +122,14 @@ class Overlap:
     that its modules and hooks have.
 
     scales: see TransformerStages. alone: whether that holds for calls by a user's own program, too: their results must
-    then be used by all ranks, in the same order. Of a pipeline that is known.
+    then be used by all ranks, in the same order. Of a pipeline that is known. users: code and adapters of users in it.
     """
 
     model: nn.Module
     runtime: Runtime
     scales: str
     alone: bool
+    users: UserCode = field(default_factory=UserCode)
     overlapped: int = 0
     generators: list[Any] = field(default_factory=list)
     _plans: OrderedDict[Any, ResultPlan] = field(default_factory=OrderedDict)
@@ -141,7 +143,7 @@ class Overlap:
             or torch.is_grad_enabled()
         )
         alone = alone or not all(map(_plain, call.leaves))
-        alone = alone or not (self.alone or self.runtime.in_pipeline)
+        alone = alone or not (self.runtime.in_pipeline or (self.alone and not self.users.may_change))
         key = None if alone else call.signature(self.model.training)
         plan = self._plans.get(key)
         if plan is None:
@@ -152,6 +154,10 @@ class Overlap:
         flight = OverlappedCall(self.model, plan, self.runtime, forward, call, self.generators)
         self.runtime.schedule.start(flight)
         return flight.result()
+
+    def relearn(self, runs: bool, adapted: bool) -> None:
+        """As `TransformerStages.relearn`."""
+        self.users = UserCode(runs, adapted)
 
     def forget(self) -> None:
         """The model has been changed: what its calls return is found again."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from shardit.core.runtime import microbatch
-from shardit.core.runtime.flat_call import FlatCall
+from shardit.core.runtime.flat_call import FlatCall, describe_leaf
 from shardit.core.runtime.pending import materialize
 from shardit.core.runtime.randomness import generators_kept, moved, states
 from shardit.core.stages.entry import Forward
@@ -34,9 +34,11 @@ class SplitCalls:
 
     def run(self, forward: Forward, call: FlatCall, code: Any, parts: int) -> Any:
         """Make a batched call, in as many parts if they give what the whole batch gives."""
-        # Samples may be related by their number: one of two branches of guidance has more than one frame in it.
+        # Samples may be related by their number (one of two branches of guidance has more than one frame in it), or if
+        # a flag among the arguments says so.
         samples = microbatch.batch_size(call.args, call.kwargs)
-        key = call.mode_key(code), microbatch.pattern(call.args, call.kwargs), samples, parts
+        flags = tuple(describe_leaf(leaf) for leaf in call.leaves if not isinstance(leaf, torch.Tensor))
+        key = call.mode_key(code), flags, microbatch.pattern(call.args, call.kwargs), samples, parts
         if key in self._known and not self._known[key]:
             return self.whole(forward, call, code)
 

@@ -25,6 +25,7 @@ from shardit.core.stages.guidance import RemoteCall
 from shardit.core.stages.runtime import Runtime
 from shardit.core.stages.split_calls import SplitCalls
 from shardit.core.stages.staged_call import StagedCall
+from shardit.core.stages.user_code import UserCode
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +33,12 @@ log = logging.getLogger(__name__)
 @dataclass
 class TransformerStages:
     """One transformer cut over the stages. scales: how names of arguments end that give the strength of adapters; ""
-    for none. known: the plans of its calls."""
+    for none. users: code and adapters of users in it. known: the plans of its calls."""
 
     cut: CutModel
     runtime: Runtime
     scales: str = ""
+    users: UserCode = field(default_factory=UserCode)
     known: KnownPlans = field(default_factory=KnownPlans)
     first: FirstCalls = field(init=False)
     _split: SplitCalls = field(init=False)
@@ -56,15 +58,18 @@ class TransformerStages:
         signature."""
         runtime, code = self.runtime, self._code()
         exclusive = scales_adapters(call.kwargs, self.scales) or self.first.alone
-        samples = 1 if exclusive or not runtime.split_batch else microbatch.batch_size(call.args, call.kwargs)
+        exclusive = exclusive or (self.users.may_change and not runtime.in_pipeline)
+        # A hook may relate the samples of a batch; before each call of a pipeline this is found again (`relearn`).
+        whole = exclusive or (self.users.runs and runtime.watches) or not runtime.split_batch
+        samples = 1 if whole else microbatch.batch_size(call.args, call.kwargs)
         pieces = runtime.guidance.parts(runtime.program, samples)
         parts = min(samples, pieces * -(-runtime.mesh.pp_size // runtime.max_in_flight))
         if parts > 1:
             return self._split.run(forward, call, code, parts)
         if not exclusive:
             return self._whole(forward, call, code)
-        # The scale multiplies the adapters' own in place for the length of the forward, or it changes modules itself:
-        # nothing else may run in it.
+        # The scale multiplies the adapters' own in place for the length of the forward, it changes modules itself, or
+        # a user's program may change the state of hooks and adapters after it: nothing else may run in it.
         runtime.schedule.drain()
         out = self._whole(forward, call, code)
         runtime.schedule.drain()
@@ -112,6 +117,13 @@ class TransformerStages:
         self.first.alone = False
         self._split.forget()
         self._attentions = None
+
+    def relearn(self, runs: bool, adapted: bool) -> None:
+        """Before a call of the pipeline, or of the model alone: note code and adapters of users. With code of users
+        whether batches can be split is found again, as this may depend on its variables."""
+        self.users = UserCode(runs, adapted)
+        if runs:
+            self._split.forget()
 
     def _code(self) -> Any:
         """Return the parts of the model that affect a call. Pipelines exchange attention processors in the middle of a

@@ -46,6 +46,11 @@ class AdapterScales:
         self._names = [[name for name in _SCALES if name in own] for own in layers]
         self._layers, self._before, self._hash = layers, None, b""
 
+    @property
+    def any(self) -> bool:
+        """Whether there are adapters."""
+        return bool(self._layers)
+
     def hash(self) -> bytes:
         """Return the hash of the present values; empty without adapters."""
         pairs = zip(self._layers, self._names, strict=True)

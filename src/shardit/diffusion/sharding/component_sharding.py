@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from shardit.core.runtime.randomness import dropout_in_training
 from shardit.core.runtime.thread_state import refuse_profiler
 from shardit.core.stages.runtime import Runtime
 from shardit.diffusion.class_homes import MODELS
+from shardit.diffusion.family import LIBRARIES
 from shardit.diffusion.sharding.adapters import AdapterScales, collective_fuse, unpadded_members
 from shardit.diffusion.sharding.changes import apply_changes, cut_blocks
 from shardit.errors import InputError, UnsupportedError
@@ -39,6 +41,8 @@ SAFE_METHODS = ("fuse_qkv_projections", "unfuse_qkv_projections", "_apply")
 ORDERED = (list, tuple, dict)
 """Collections of settings whose `repr` is equal on every rank."""
 
+
+_version = operator.attrgetter("_version")
 
 _PARENTS: WeakKeyDictionary[nn.Module, tuple[str, bool]] = WeakKeyDictionary()
 """For each module inside a sharded component: the title of the component, and whether every rank has all of the
@@ -66,6 +70,10 @@ class ComponentSharding:
     _methods: dict[str, Any] = field(init=False, repr=False)
     _adapters: AdapterScales | None = field(init=False, repr=False)
     _slices: list[HeldSlice] = field(init=False, repr=False)
+    _weights: list[nn.Parameter] = field(init=False, repr=False)
+    _written: int = field(init=False, repr=False)
+    _foreign: bool = field(init=False, repr=False)
+    _calls: list[Any] = field(init=False, repr=False)
     _history: bytes = field(init=False, repr=False, default=b"")
     _last: str = field(init=False, repr=False, default="")
 
@@ -100,6 +108,13 @@ class ComponentSharding:
         self._methods = _own_methods(self.module)
         self._adapters = AdapterScales(self.module) if self.denoises else None
         self._slices = slices_of(self.module, self.slices) if self.slices is not None else []
+        self._weights = [part for part in self.module.parameters() if not part.is_inference()]
+        self._written, self._foreign = (
+            sum(map(_version, self._weights)),
+            self._fingerprint.processors_outside(LIBRARIES.own),
+        )
+        found = (getattr(self.module, name, None) for name in ("shardit_stages", "shardit_overlap"))
+        self._calls = [calls for calls in found if calls is not None]
 
     def _configured_modules(self) -> list[str]:
         """Return the names of modules whose settings are compared: neither those of torch, which act elementwise or are
@@ -114,11 +129,26 @@ class ComponentSharding:
         hooks of users on modules, and a hash of all changes so far."""
         refuse_profiler()
         self.check()
+        self._check_weights()
         found: dict[str, Any] = {f"changes of {self.title} ({self._last})": self._history} if self._history else {}
         if self._adapters is not None and (scales := self._adapters.hash()):
             found[f"adapters of {self.title}"] = scales
         hooked = self._fingerprint.hooked()
+        for calls in self._calls:
+            calls.relearn(bool(hooked) or self._foreign, bool(self._adapters and self._adapters.any))
         return {**found, f"hooks of {self.title}": hooked} if hooked else found
+
+    def _check_weights(self) -> None:
+        """Raise UnsupportedError if weights were written to while a call is in flight, of which ranks have made a part.
+        Within a pipeline nobody does."""
+        if not self.runtime.watches:
+            return
+        before, self._written = self._written, sum(map(_version, self._weights))
+        if before != self._written and self.runtime.schedule.active:
+            raise UnsupportedError(
+                f"weights of {self.title} were changed in place while a call of it is in flight: use the result of the "
+                "call before"
+            )
 
     def end(self) -> None:
         """Record the settings after a call: a forward may count its calls in one."""

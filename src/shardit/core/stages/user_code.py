@@ -1,0 +1,21 @@
+"""Code and adapters of users inside a model, whose state may change between two of its calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class UserCode:
+    """Of one model, before a call of it, or of its pipeline.
+
+    runs: hooks or attention processors of users run in its forward. adapted: it has adapters, with scales of their own.
+    """
+
+    runs: bool = False
+    adapted: bool = False
+
+    @property
+    def may_change(self) -> bool:
+        """Whether a program may change, after a call, what the call reads: such as a variable of a hook."""
+        return self.runs or self.adapted

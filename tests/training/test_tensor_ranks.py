@@ -56,6 +56,17 @@ def of_uneven(rank: int, size: int, method: str) -> dict[str, Any]:
     return {"llama": one_step(four, 3, {"tensor_parallel_size": size})}
 
 
+def of_float64(rank: int, size: int, method: str) -> dict[str, Any]:
+    join(rank, size, method)
+    wide = replace(task("olmo2"), build=lambda: families.make("olmo2").double())
+    return {"olmo2": one_step(wide, 3, {"tensor_parallel_size": size})}
+
+
+def test_norms_in_float32_of_a_float64_model() -> None:
+    """OLMo 2 computes norms over all heads, in float32 whatever its type."""
+    check(run_ranks(2, of_float64, timeout=100), 1)
+
+
 def test_slices_of_unequal_length() -> None:
     """Three ranks have two, one and one of four heads."""
     check(run_ranks(3, of_uneven, timeout=100), 1)

@@ -99,7 +99,9 @@ def main(file: str | None = None, *names: str) -> None:
         sys.exit(f"there is no mode {wrong[0]!r}: there are {', '.join(MODES)}")
     if dist.get_world_size() != 2:
         sys.exit(f"{dist.get_world_size()} ranks were started: use torchrun --nproc-per-node 2")
-    judge = classifier.trained()
+    shared = [classifier.trained() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(shared)
+    (judge,) = shared
     asked = [shapes.drawing(number, seed=5, held_out=True) for number in range(SAMPLES)]
     plain, _ = made(MODES["plain"], asked)
     found: dict[str, Any] = {"samples": SAMPLES, "classifier_on_drawn_clips": classifier.accuracy(judge), "modes": {}}

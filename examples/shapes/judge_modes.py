@@ -58,11 +58,13 @@ def cast(storage: torch.dtype) -> Callable[[Any], object]:
 
 
 def quantized(pipe: Any) -> None:
-    """Let the linears of the transformer compute in int8, with scales of their weights and of each input."""
-    pipe.transformer = torch.ao.quantization.quantize_dynamic(pipe.transformer, {torch.nn.Linear}, dtype=torch.qint8)
+    """Let the linears of the blocks compute in int8, with a scale for each weight and for each input."""
+    blocks = pipe.transformer.blocks
+    pipe.transformer.blocks = torch.ao.quantization.quantize_dynamic(blocks, {torch.nn.Linear}, dtype=torch.qint8)
 
 
 TENSOR = {"tensor_parallel_size": 2}
+TAYLOR = {"cache_identifiers": [r"blocks\.\d+\.attn[12]"]}  # its own patterns miss those of Wan
 FASTER = {"is_guidance_distilled": True}  # the branches of guidance are calls of their own
 MODES = {
     "plain": Mode(),
@@ -82,8 +84,8 @@ MODES = {
     "FirstBlockCache 0.2": Mode(cached("FirstBlockCacheConfig", threshold=0.2)),
     "FirstBlockCache 0.4": Mode(cached("FirstBlockCacheConfig", threshold=0.4)),
     "FirstBlockCache 10": Mode(cached("FirstBlockCacheConfig", threshold=10.0)),
-    "TaylorSeerCache 2": Mode(cached("TaylorSeerCacheConfig", cache_interval=2)),
-    "TaylorSeerCache 5": Mode(cached("TaylorSeerCacheConfig")),
+    "TaylorSeerCache 2": Mode(cached("TaylorSeerCacheConfig", cache_interval=2, **TAYLOR)),
+    "TaylorSeerCache 5": Mode(cached("TaylorSeerCacheConfig", **TAYLOR)),
     "PyramidAttentionBroadcast 2": Mode(attention_cached("PyramidAttentionBroadcastConfig")),
     "PyramidAttentionBroadcast 2, 2 tensor ranks": Mode(attention_cached("PyramidAttentionBroadcastConfig"), TENSOR),
     "FasterCache 2": Mode(attention_cached("FasterCacheConfig", **FASTER)),

@@ -15,7 +15,8 @@ from tests.support.paths import ROOT
 from tests.support.ranks import run_ranks
 
 EXAMPLE = ROOT / "examples" / "shapes"
-SAMPLES = 8
+SAMPLES = 4
+"""Few, and a classifier that has learnt colours alone, as it has to be fast."""
 
 
 def parts() -> Any:
@@ -31,23 +32,25 @@ def on_rank(rank: int, size: int, method: str, names: list[str], judge: dict[str
     model = classifier.Classifier()
     model.load_state_dict(judge)
     asked = [shapes.drawing(number, seed=5, held_out=True) for number in range(SAMPLES)]
-    plain, _ = modes.made(modes.MODES["plain"], asked)
-    return {name: modes.compared(model.eval(), asked, plain, modes.made(modes.MODES[name], asked)[0]) for name in names}
+    clips = {name: modes.made(modes.MODES[name], asked)[0] for name in ("plain", *names)}
+    return {name: modes.compared(model.eval(), asked, clips["plain"], one) for name, one in clips.items()}
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(300)
 def test_a_mode_that_does_damage_is_seen() -> None:
-    names = ["plain", "2 tensor ranks", "weights in float8 e4m3", "FirstBlockCache 10"]
-    judge = parts()[0].trained(steps=150).state_dict()
-    found, other = run_ranks(2, on_rank, names, judge, timeout=180)
+    names = ["2 tensor ranks", "weights in float8 e4m3", "FirstBlockCache 10"]
+    judge = parts()[0].trained(steps=80, batch=16).state_dict()
+    found, other = run_ranks(2, on_rank, names, judge, timeout=280)
     assert found == other
-    plain, sliced, rounded, broken = (found[name] for name in names)
+    plain, sliced, rounded, broken = found.values()
     assert plain["pixel_difference"] == plain["judged_otherwise"] == 0
-    assert min(plain["right"][name] for name in ("colour", "ground", "direction")) >= 0.75
+    assert min(plain["right"][name] for name in ("colour", "ground")) >= 0.75
     assert sliced["right"] == plain["right"]
     assert 0 < sliced["pixel_difference"] < 0.01
-    assert 0.01 < rounded["pixel_difference"] < 10
-    assert broken["right"]["direction"] < 0.75
+    assert 0.01 < rounded["pixel_difference"] < 2
+    assert rounded["judged_otherwise"] <= 0.25
+    assert broken["judged_otherwise"] > 0.5
+    assert broken["pixel_difference"] > 20
 
 
 def test_the_file_has_every_mode() -> None:

@@ -230,12 +230,12 @@ BUDGET = {
     "diffusion": 4020,
     "engine": 3060,
     "language": 2800,
-    "loading": 1370,
+    "loading": 1425,
     "models": 930,
-    "parallel": 5220,
+    "parallel": 5221,
     "server": 5315,
     "settings": 450,
-    "training": 4265,
+    "training": 4269,
 }
 """Lines of code of each folder, as `make size` counts them; a number is raised on purpose, or not at all."""
 

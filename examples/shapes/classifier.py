@@ -53,8 +53,8 @@ def _layer(inputs: int, outputs: int, stride: int) -> nn.Module:
 
 
 def batch_of(drawings: Sequence[shapes.Drawing]) -> Tensor:
-    """Return drawn clips as (N, 3, frames, height, width) in [-1, 1]."""
-    return torch.stack([pixels(one) for one in drawings])
+    """Return drawn clips as (N, 3, frames, height, width) in [-1, 1], with the frames alone that are looked at."""
+    return torch.stack([pixels(one, _LOOKS) for one in drawings])
 
 
 def trained(kind: str = "moving", steps: int = 700, batch: int = 32, seed: int = 1) -> Classifier:

@@ -15,7 +15,7 @@ from typing import Any
 
 import classifier
 import torch
-from make import BATCH, judged, share
+from make import clips, marked, share
 
 from shardit.models import tiny
 from shardit.training.data import shapes
@@ -43,8 +43,7 @@ def measured(pipe: Any, judge: classifier.Classifier) -> dict[str, float]:
     """Return the shares of clips whose direction, other attributes, and all attributes are right: of the four
     directions that the model knows, and of the four diagonal ones."""
     asked = [shapes.drawing(number, seed=5, kind="diagonal", held_out=True) for number in range(SAMPLES)]
-    made = [one for first in range(0, SAMPLES, BATCH) for one in judged(pipe, judge, asked[first : first + BATCH])]
-    right = [{name: one[name] == getattr(want, name) for name in one} for one, want in zip(made, asked, strict=True)]
+    right = marked(judge.attributes(clips(pipe, asked)), asked)
     diagonal = [one for one, want in zip(right, asked, strict=True) if " " in want.direction]
     straight = [one for one, want in zip(right, asked, strict=True) if " " not in want.direction]
     return {

@@ -73,8 +73,7 @@ def measure(weights: Path) -> dict[str, Any]:
     pipe.set_progress_bar_config(disable=True)
     asked = [shapes.drawing(number, seed=5, held_out=True) for number in range(SAMPLES)]
     begin = time.perf_counter()
-    found = [one for first in range(0, SAMPLES, BATCH) for one in judged(pipe, judge, asked[first : first + BATCH])]
-    right = [{name: one[name] == getattr(want, name) for name in one} for one, want in zip(found, asked, strict=True)]
+    right = marked(judge.attributes(clips(pipe, asked)), asked)
     return {
         "samples": SAMPLES,
         "classifier_on_drawn_clips": classifier.accuracy(judge),
@@ -85,12 +84,20 @@ def measure(weights: Path) -> dict[str, Any]:
     }
 
 
-def judged(pipe: Any, judge: classifier.Classifier, asked: Sequence[shapes.Drawing]) -> list[dict[str, str]]:
-    """Make clips for the captions, and return what the classifier finds in them."""
-    generators = [torch.Generator().manual_seed(number) for number, _ in enumerate(asked)]
-    prompts = [one.caption for one in asked]
-    frames = pipe(prompt=prompts, generator=generators, output_type="np", **model.RECIPE.call).frames
-    return judge.attributes(torch.from_numpy(np.asarray(frames)).permute(0, 4, 1, 2, 3).float() * 2 - 1)
+def clips(pipe: Any, asked: Sequence[shapes.Drawing]) -> torch.Tensor:
+    """Make a clip for each caption, in batches; return them as (N, 3, frames, height, width) in [-1, 1]."""
+    made = []
+    for first in range(0, len(asked), BATCH):
+        prompts = [one.caption for one in asked[first : first + BATCH]]
+        generators = [torch.Generator().manual_seed(number) for number, _ in enumerate(prompts)]
+        frames = pipe(prompt=prompts, generator=generators, output_type="np", **model.RECIPE.call).frames
+        made.append(torch.from_numpy(np.asarray(frames)).permute(0, 4, 1, 2, 3).float() * 2 - 1)
+    return torch.cat(made)
+
+
+def marked(found: Sequence[dict[str, str]], asked: Sequence[shapes.Drawing]) -> list[dict[str, bool]]:
+    """Return for each clip which of its attributes are those of the caption."""
+    return [{name: one[name] == getattr(want, name) for name in one} for one, want in zip(found, asked, strict=True)]
 
 
 def share(right: Sequence[dict[str, bool]], names: Sequence[str]) -> float:

@@ -16,9 +16,9 @@ from shardit.training.data import shapes
 SIZE, FRAMES = RECIPE.call["height"], RECIPE.call["num_frames"]
 
 
-def pixels(drawing: shapes.Drawing) -> torch.Tensor:
+def pixels(drawing: shapes.Drawing, frames: int = FRAMES) -> torch.Tensor:
     """Return a drawn clip as (3, frames, height, width) in [-1, 1]."""
-    return torch.from_numpy(drawing.frames(SIZE, SIZE, FRAMES)).permute(3, 0, 1, 2) / 127.5 - 1
+    return torch.from_numpy(drawing.frames(SIZE, SIZE, frames)).permute(3, 0, 1, 2) / 127.5 - 1
 
 
 def built(component: str, **changes: Any) -> Any:

@@ -115,8 +115,8 @@ def loaded(
     ],
 )
 def test_over_ranks(tmp_path: Path, name: str, axes: dict[str, Any], close: float) -> None:
-    """Over stages the bits are those of one rank. Files of Mixtral have other tensors than the model: each rank reads
-    all of them."""
+    """Over stages the bits are those of one rank. Files of Mixtral have other tensors than the model, which are merged
+    before the adapter is."""
     folder = tmp_path / name
     write(folder, name, False, False)
     targets = [*ALL[:4], "lm_head", "embed_tokens"]

@@ -17,12 +17,14 @@ from shardit.config import DiffusionParallelConfig
 from shardit.core.comm.mesh import init_mesh
 from shardit.core.modules.blocks import drop_blocks, find_blocks
 from shardit.core.training.schedules import owner_of_chunk
-from shardit.loading import weights
+from shardit.loading import transformers_model, weights
+from shardit.models.tiny.language import tokenizer
 from shardit.training.diffusion.recipe import recipe as diffusion_recipe
 from shardit.training.language.recipe import recipe as language_recipe
 from shardit.training.placing import placing
 from shardit.training.recipe import TrainingRecipe
 from shardit.training.settings import TrainSettings
+from tests.language import families
 from tests.support.ranks import RanksFailed, run_ranks
 from tests.training.cases import cases
 from tests.training.diffusion.folders import model_of, settings_of
@@ -112,6 +114,14 @@ def test_replicas_compare_what_both_have() -> None:
         assert "different weights (model.layers" in text
 
 
+def _merged_experts(folder: Path) -> str:
+    """A folder whose experts are tensors of their own, which the model has merged."""
+    letters = tokenizer()
+    families.make("mixtral", vocab_size=len(letters), num_local_experts=12).save_pretrained(folder)
+    letters.save_pretrained(folder)
+    return str(folder)
+
+
 def _texts(folder: Path) -> str:
     rows = [json.dumps({"text": "the cat sat on the mat " * (1 + number % 3)}) for number in range(6)]
     (folder / "rows.jsonl").write_text("\n".join(rows))
@@ -139,7 +149,7 @@ def trained(rank: int, size: int, method: str, kind: str, given: dict[str, Any],
     if kind != "language":  # the cache is made before anything is counted
         make(settings, mesh, config)
     reading = Reading()
-    weights.read_slice = reading
+    weights.read_slice = transformers_model.read_slice = reading
     made: TrainingRecipe = make(settings, mesh, config if parts else None)
     held = sum(one.nbytes for model in made.models.values() for one in model.parameters() if not one.is_meta)
     found: dict[str, Any] = {"read": reading.bytes, "held": held, "weights": {}, "first": {}, "losses": []}
@@ -171,12 +181,15 @@ def _settings(kind: str, given: dict[str, Any]) -> tuple[TrainSettings, Any]:
         ("sdxl", {"accumulation": 2, "train_text_encoder": True}),
         ("language", {"model": "tiny/llama", "full": True}),
         ("language", {"model": "tiny/qwen3", "lora_rank": 4}),
+        ("language", {"model": "mixtral", "full": True}),
     ],
 )
 def test_a_rank_reads_its_own_blocks_and_trains_the_same_bits(kind: str, given: dict[str, Any], tmp_path: Path) -> None:
     own = {"output": str(tmp_path / "run"), "model": model_of(kind)} if kind != "language" else {}
     more = own or {"data": _texts(tmp_path)}
     chosen = {**given, **more}
+    if chosen["model"] == "mixtral":
+        chosen["model"] = _merged_experts(tmp_path / "mixtral")
     parts, whole = (run_ranks(2, trained, kind, chosen, one, timeout=200) for one in (True, False))
     for part, all_of_it in zip(parts, whole, strict=True):
         assert part["held"] < 0.8 * part["of"]

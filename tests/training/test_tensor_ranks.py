@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -56,9 +57,62 @@ def of_uneven(rank: int, size: int, method: str) -> dict[str, Any]:
     return {"llama": one_step(four, 3, {"tensor_parallel_size": size})}
 
 
+def of_float64(rank: int, size: int, method: str) -> dict[str, Any]:
+    join(rank, size, method)
+    wide = replace(task("olmo2"), build=lambda: families.make("olmo2").double())
+    return {"olmo2": one_step(wide, 3, {"tensor_parallel_size": size})}
+
+
+def test_norms_in_float32_of_a_float64_model() -> None:
+    """OLMo 2 computes norms over all heads, in float32 whatever its type."""
+    check(run_ranks(2, of_float64, timeout=100), 1)
+
+
 def test_slices_of_unequal_length() -> None:
     """Three ranks have two, one and one of four heads."""
     check(run_ranks(3, of_uneven, timeout=100), 1)
+
+
+ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "DoRA": ("llama", {"target_modules": ["q_proj", "o_proj"], "use_dora": True}),
+    "parameters": ("mixtral", {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}),
+}
+"""Adapters of language models that scale whole rows, or change a tensor that no linear has."""
+
+
+def adapted(rank: int, size: int, method: str, axis: str) -> dict[str, Any]:
+    """Train adapters over ranks; return the comparison with one rank, or the refusal."""
+    from peft import LoraConfig, get_peft_model
+
+    join(rank, size, method)
+    found: dict[str, Any] = {}
+    for kind, (name, options) in ADAPTERS.items():
+        config = LoraConfig(r=4, init_lora_weights=False, **options)
+
+        def build(name: str = name, config: LoraConfig = config) -> torch.nn.Module:
+            torch.manual_seed(5)
+            return get_peft_model(families.make(name), config).train()  # pyright: ignore
+
+        try:
+            found[kind] = one_step(replace(task("llama"), build=build), 3, {axis: size})
+        except UnsupportedError as error:
+            found[kind] = str(error)
+    return found
+
+
+def test_other_adapters_of_language_models_train_over_stages() -> None:
+    for found in run_ranks(2, adapted, "pipeline_parallel_size", timeout=100):
+        for kind in ADAPTERS:
+            assert not found[kind]["only"], kind
+            assert max(found[kind]["worst"], found[kind]["loss"]) < CLOSE, kind
+            assert found[kind]["compared"] > 0, kind
+
+
+def test_other_adapters_of_language_models_are_refused_on_tensor_ranks() -> None:
+    for found in run_ranks(2, adapted, "tensor_parallel_size", timeout=100):
+        for kind, place in {"DoRA": r"self_attn\.q_proj", "parameters": r"mlp\.experts"}.items():
+            assert re.search(rf"{place} is cut over .* not plain LoRA: merge it .*merge_and_unload", found[kind]), kind
+            assert "\n" not in found[kind]
 
 
 @pytest.mark.parametrize(

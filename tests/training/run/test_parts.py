@@ -166,6 +166,27 @@ def test_what_an_optimizer_has_found_for_all_parameters_is_kept(monkeypatch: pyt
     }
 
 
+def test_the_state_of_adamw8bit_is_kept() -> None:
+    pytest.importorskip("bitsandbytes")
+    settings = TrainSettings(optimizer="adamw8bit")
+    some, twins = ({"small": nn.Parameter(torch.ones(8)), "large": nn.Parameter(torch.ones(128, 64))} for _ in range(2))
+    first, second = make_optimizer(settings, some), make_optimizer(settings, twins)
+    assert first is not None
+    assert second is not None
+    for step in range(4):
+        if step == 2:
+            for name, twin in twins.items():
+                twin.data.copy_(some[name])
+                set_state(second, twin, state_of(first, some)[name])
+        for number, one in enumerate((*some.values(), *twins.values())):
+            one.grad = torch.linspace(-1, 1, one.numel()).view_as(one) * (step + 1 + number % 2)
+        first.step()
+        if step >= 2:
+            second.step()
+    assert all(torch.equal(some[name], twins[name]) for name in some)
+    assert not torch.equal(some["large"], torch.ones(128, 64))
+
+
 def test_events_for_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
@@ -188,6 +209,19 @@ def test_events_for_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert seen == [(folder, 3), ("train/loss", 0.5, 3), ("train/lr", 0.1, 3), "closed"]
     Report(tmp_path / "none", False, 5, 2, True).row({"step": 3})
     assert len(seen) == 4
+
+
+def test_tensorboard_reads_the_events_of_a_run_that_went_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("SHARDIT_PROGRESS", "0")
+    for done, steps, loss in ((0, (1, 2, 3, 4), 0.5), (2, (3,), 0.25)):
+        report = Report(tmp_path, True, 5, done, True)
+        for step in steps:
+            report.row({"step": step, "loss": loss, "lr": 0.1, "items": ["a"], "held_out_loss": None})
+        report.close()
+    events = reader.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert set(events.Tags()["scalars"]) == {"train/loss", "train/lr"}
+    assert [(one.step, one.value) for one in events.Scalars("train/loss")] == [(1, 0.5), (2, 0.5), (3, 0.25)]
 
 
 def test_progress_is_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -295,6 +329,34 @@ def test_other_weights_in_the_same_place_are_another_model(part: str, tmp_path: 
         compare(before, record(model=str(model)), tmp_path)
     old = {name: value for name, value in before.items() if name != "model_contents"}
     assert compare(old, record(model=str(model)), tmp_path) == []
+
+
+def test_a_hub_id_at_another_commit_is_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    root = tmp_path / "models--one--model"
+    commits = [digit * 40 for digit in "abc"]
+    for commit, weights in zip(commits, (b"1", b"2", b"1"), strict=True):
+        (folder := root / "snapshots" / commit).mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(weights * 1000)
+    (root / "refs").mkdir()
+
+    def at(commit: str) -> dict[str, Any]:
+        (root / "refs" / "main").write_text(commit)
+        return record(model="one/model")
+
+    first, second, alike = commits
+    before = at(first)
+    assert compare(before, at(first), tmp_path) == []
+    assert compare(before, at(alike), tmp_path) == []
+    with pytest.raises(InputError, match=f"one/model is at commit {second} on the hub, .* at {first}, .* --model /"):
+        compare(before, at(second), tmp_path)
+    (note,) = compare(before, record(model=str(root / "snapshots" / first)), tmp_path)
+    assert 'model was "one/model"' in note
+    (root / "snapshots" / first / "more.json").write_text("{}")
+    assert compare(before, at(first), tmp_path) == []
+    old = {name: value for name, value in before.items() if name not in ("model_contents", "model_snapshot")}
+    assert compare(old, at(second), tmp_path) == []
 
 
 def test_rows_after_a_checkpoint_are_removed(tmp_path: Path) -> None:

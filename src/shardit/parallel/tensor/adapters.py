@@ -65,8 +65,10 @@ def cut_adapters(model: nn.Module, plan: TensorPlan, ranks: Collectives) -> None
 
 
 def _adapted(model: nn.Module, plan: TensorPlan) -> list[tuple[str, Any, Shards]]:
-    """Return the adapter layers on linears that a plan cuts: their names, and the cut of the weight."""
-    named = ((name, module, plan.cuts.get(f"{name}.weight")) for name, module in model.named_modules())
+    """Return the adapter layers on weights that a plan cuts: their names, and the cut of the weight. peft names the
+    weight if it is not that of a linear (`target_parameters`)."""
+    every = ((name, module, getattr(module, "parameter_name", "weight")) for name, module in model.named_modules())
+    named = ((name, module, plan.cuts.get(f"{name}.{weight}")) for name, module, weight in every)
     return [(name, module, cut) for name, module, cut in named if cut is not None and hasattr(module, "base_layer")]
 
 

@@ -1,4 +1,4 @@
-"""A digest of the files of a model, by which a resumed run knows a model that was moved."""
+"""A digest of the files of a model, and its commit on the hub, by which a resumed run knows whether it is the same."""
 
 from __future__ import annotations
 
@@ -7,16 +7,29 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from shardit.settings.paths import user_path
+from shardit.language.loading.source import CONFIG
+from shardit.loading.hub import cached
+from shardit.loading.index import INDEX
+from shardit.settings.paths import is_hub_id, user_path
 
 _ENDINGS = (".json", ".safetensors", ".gguf")
 _BLOCKS, _BYTES = 16, 1 << 16
 
 
+def snapshot_of(model: str) -> Path | None:
+    """Return the folder of the hub's cache from which a hub id is loaded, whose name is the commit; None for other
+    names. Loading has asked the hub for the newest commit, so it is that of the cache."""
+    if model.startswith("tiny/") or user_path("model", model).exists() or not is_hub_id(model):
+        return None
+    found = cached(model, INDEX) or cached(model, CONFIG)
+    return found and found.parent
+
+
 def contents_of(model: str) -> str | None:
-    """Return a digest of the configurations and weights of a folder or file; None for other names. Of a large file some
-    blocks are read, with its beginning and its end: other weights of the same shapes differ in all of them."""
-    path = user_path("model", model)
+    """Return a digest of the configurations and weights of a folder, a file or a hub id; None for other names. Of a
+    large file some blocks are read, with its beginning and its end: other weights of the same shapes differ in all of
+    them."""
+    path = snapshot_of(model) or user_path("model", model)
     if model.startswith("tiny/") or not path.exists():
         return None
     files = [path] if path.is_file() else sorted(one for one in _files(path) if one.suffix in _ENDINGS)

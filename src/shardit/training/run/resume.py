@@ -12,7 +12,7 @@ from shardit.config import DiffusionParallelConfig
 from shardit.errors import InputError
 from shardit.training.data.identity import difference
 from shardit.training.recipe import TrainingRecipe
-from shardit.training.run.contents import contents_of
+from shardit.training.run.contents import contents_of, snapshot_of
 from shardit.training.settings import TrainSettings
 
 _FREE = (
@@ -57,6 +57,7 @@ def record_of(settings: TrainSettings, config: DiffusionParallelConfig, recipe: 
         "data_parallel_size": config.data_parallel_size,
         "identity": dict(recipe.identity),
         "model_contents": contents_of(settings.model),
+        "model_snapshot": snapshot_of(settings.model),  # its name is the commit on the hub
     }
     return json.loads(json.dumps(found, default=_plain))
 
@@ -72,10 +73,7 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> 
     contents = before.get("model_contents")  # None: no local files, or a checkpoint of an earlier version
     kept = contents == now["model_contents"]
     if contents is not None and not kept and old["model"] == new["model"]:
-        raise InputError(
-            f"--resume: {new['model']} has other weights or configurations than when the run began; put those back, or "
-            f"choose another --output than {folder}"
-        )
+        _check_commits(new["model"], before.get("model_snapshot"), now["model_snapshot"], folder)
     notes = []
     for name in new:
         was, given = old.get(name), new[name]
@@ -90,6 +88,21 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> 
     if changed := difference(before["identity"], now["identity"]):
         raise InputError(f"--resume: {changed}; give the data as before, or choose another --output than {folder}")
     return notes
+
+
+def _check_commits(model: str, old: str | None, new: str | None, folder: Path) -> None:
+    """Raise InputError for a model of other contents, unless it has the same commit on the hub: its folder in the cache
+    may have got more files."""
+    if old is None or new is None:
+        remedy = f"{model} has other weights or configurations than when the run began; put those back"
+    elif Path(old).name == Path(new).name:
+        return
+    else:
+        remedy = (
+            f"{model} is at commit {Path(new).name} on the hub, with other weights or configurations than at "
+            f"{Path(old).name}, with which the run began; give --model {old}"
+        )
+    raise InputError(f"--resume: {remedy}, or choose another --output than {folder}")
 
 
 def _check_stream(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -23,9 +23,9 @@ from shardit.parallel.tensor.plan import TensorPlan
 from shardit.parallel.tensor.rules import HEAD_COUNTS
 from shardit.parallel.tensor.whole import whole_for_now
 
-CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1.6e-2}
+CLOSE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1.6e-2}
 """Largest relative L2 difference between the result on slices and the whole result. Wrong heads give 0.1 and more, sums
-in another order 1e-6 in float32."""
+in another order 1e-6 in float32. Many models compute norms in float32 whatever their type, so float64 is not 1e-12."""
 
 
 class _Elsewhere(Exception):

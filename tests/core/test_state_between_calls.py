@@ -27,11 +27,14 @@ class Net(nn.Module):
         self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
         self.last = nn.Linear(8, 8)
 
-    def forward(self, x: torch.Tensor, sigma: float = 1.0, skipped: Any = ()) -> tuple[torch.Tensor, float]:
+    def forward(
+        self, x: torch.Tensor, sigma: float = 1.0, skipped: Any = (), shared: bool = False
+    ) -> tuple[torch.Tensor, float]:
         given, x = x, self.inner(x)
         for number, block in enumerate(self.blocks):
             if number not in skipped and not (number == 2 and sigma < 0.5):
                 x = block(x).tanh()
+        x = x + x.mean(0, keepdim=True) if shared else x
         return self.last(x + given) * sigma, sigma**2
 
 
@@ -91,7 +94,14 @@ def flags(model: Any) -> list[Any]:
         return [model(torch.ones(1, 8), 1.0, [skipped]) for skipped in (*np.arange(3), 1, np.int64(0))]
 
 
-PROGRAMS = {program.__name__: program for program in (hooked, adapted, written, numbers, flags)}
+def related(model: Any) -> list[Any]:
+    """Two samples, which are unrelated in the first call, so that it runs in two parts."""
+    x = torch.arange(16).reshape(2, 8) / 16
+    with torch.no_grad():
+        return [model(x, shared=shared)[0] for shared in (False, True, False)]
+
+
+PROGRAMS = {program.__name__: program for program in (hooked, adapted, written, numbers, flags, related)}
 
 
 def _on_ranks(rank: int, count: int, method: str, name: str) -> Any:
@@ -112,7 +122,9 @@ def test_state_between_calls(name: str) -> None:
     for found in run_ranks(2, _on_ranks, name):
         for want, got in zip(expected, found, strict=True):
             pairs = zip(want, got, strict=True) if isinstance(want, tuple) else [(want, got)]
-            assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in pairs)
+            tolerance = 1e-6 if name == "related" else 0.0  # products of one sample round differently
+            for a, b in pairs:
+                torch.testing.assert_close(torch.as_tensor(b), torch.as_tensor(a), rtol=tolerance, atol=tolerance)
 
 
 def _weights(rank: int, count: int, method: str) -> str:

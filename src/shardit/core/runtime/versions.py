@@ -21,10 +21,8 @@ def inputs_of(leaves: Iterable[Any]) -> Inputs:
 def check_unchanged(inputs: Inputs, rank: int) -> None:
     """Raise RankError if a tensor was written to since: ranks may have used it before or after that."""
     if any(tensor._version != version for tensor, version in inputs):
-        raise RankError(
-            rank,
-            "an argument was changed in place while its call was in flight: use the result of the call before, or copy it",
-        )
+        remedy = "use the result of the call before, or copy the argument"
+        raise RankError(rank, f"an argument was changed in place while its call was in flight: {remedy}")
 
 
 def mark(tensor: torch.Tensor | None) -> Any:

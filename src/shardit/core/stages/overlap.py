@@ -31,8 +31,7 @@ from shardit.core.stages.entry import ModelEntry, inside
 from shardit.core.stages.first_call import object_in
 from shardit.core.stages.result import Result
 from shardit.core.stages.runtime import Runtime
-from shardit.core.stages.stages import scales_adapters
-from shardit.core.stages.user_code import UserCode
+from shardit.core.stages.user_code import UserCode, scales_adapters
 from shardit.errors import RankError, UnsupportedError
 
 

@@ -25,7 +25,7 @@ from shardit.core.stages.guidance import RemoteCall
 from shardit.core.stages.runtime import Runtime
 from shardit.core.stages.split_calls import SplitCalls
 from shardit.core.stages.staged_call import StagedCall
-from shardit.core.stages.user_code import UserCode
+from shardit.core.stages.user_code import UserCode, scales_adapters
 
 log = logging.getLogger(__name__)
 
@@ -131,12 +131,6 @@ class TransformerStages:
         if self._attentions is None:
             self._attentions = [own for module in self.cut.model.modules() if PROCESSOR in (own := vars(module))]
         return self.cut.model.training, tuple(type(own.get(PROCESSOR)) for own in self._attentions)
-
-
-def scales_adapters(kwargs: dict[str, Any], scales: str) -> bool:
-    """Return whether a call asks for another strength of its adapters than they were given."""
-    found = [value for name, value in kwargs.items() if scales and name.endswith(scales)]
-    return any(isinstance(value, dict) and value.get("scale", 1.0) != 1.0 for value in found)
 
 
 def stage(

@@ -94,7 +94,7 @@ def sounds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         yield served
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A server of a language model (`http_fake.Served`)."""
     from tests.support.text_fake import served_texts

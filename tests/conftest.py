@@ -76,6 +76,15 @@ def _no_groups_left() -> Iterator[None]:
 # neither.
 
 
+@pytest.fixture(scope="session")
+def commands() -> Iterator[Any]:
+    """Command lines in forked processes (`light.LightCommands`)."""
+    from tests.support.light import light_commands
+
+    with light_commands() as made:
+        yield made
+
+
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A server of an image model (`http_fake.Served`)."""

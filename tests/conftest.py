@@ -76,6 +76,15 @@ def _no_groups_left() -> Iterator[None]:
 # neither.
 
 
+@pytest.fixture(scope="session")
+def commands() -> Iterator[Any]:
+    """Command lines in forked processes (`light.LightCommands`)."""
+    from tests.support.light import light_commands
+
+    with light_commands() as made:
+        yield made
+
+
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A server of an image model (`http_fake.Served`)."""
@@ -94,7 +103,7 @@ def sounds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         yield served
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A server of a language model (`http_fake.Served`)."""
     from tests.support.text_fake import served_texts

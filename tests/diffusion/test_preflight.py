@@ -35,12 +35,6 @@ from tests.support.light import light_commands
 GENERATE = ["generate", "--prompt", "a", "--model"]
 
 
-@pytest.fixture(scope="module")
-def commands():
-    with light_commands() as made:
-        yield made
-
-
 @pytest.mark.parametrize(
     ("words", "text"),
     [

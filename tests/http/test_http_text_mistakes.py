@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,12 @@ from tests.support.text_fake import INFO, LIMIT, ask, served_texts
 USER = {"role": "user", "content": "hi"}
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with served_texts(tmp_path_factory.mktemp("texts") / "data") as made:
-        yield made
+def chat_error(texts: Served, body: dict[str, Any], status: int = 400) -> Any:
+    return error_of(texts, "/v1/chat/completions", {"messages": [USER], **body}, status)
 
 
-def chat_error(served: Served, body: dict[str, Any], status: int = 400) -> Any:
-    return error_of(served, "/v1/chat/completions", {"messages": [USER], **body}, status)
-
-
-def prompt_error(served: Served, body: dict[str, Any], status: int = 400) -> Any:
-    return error_of(served, "/v1/completions", {"prompt": "hi", **body}, status)
+def prompt_error(texts: Served, body: dict[str, Any], status: int = 400) -> Any:
+    return error_of(texts, "/v1/completions", {"prompt": "hi", **body}, status)
 
 
 @pytest.mark.parametrize(
@@ -60,8 +53,8 @@ def prompt_error(served: Served, body: dict[str, Any], status: int = 400) -> Any
         ({"priority": 11}, "priority", "less than or equal to 10"),
     ],
 )
-def test_fields_of_both(served: Served, body: dict[str, Any], param: str, words: str) -> None:
-    for error in (chat_error(served, body), prompt_error(served, body)):
+def test_fields_of_both(texts: Served, body: dict[str, Any], param: str, words: str) -> None:
+    for error in (chat_error(texts, body), prompt_error(texts, body)):
         assert error["param"] == param, error
         assert words in error["message"], error
         assert error["type"] == "invalid_request_error"
@@ -87,8 +80,8 @@ def test_fields_of_both(served: Served, body: dict[str, Any], param: str, words:
         ({"logprobs": 3}, "logprobs", "valid boolean"),
     ],
 )
-def test_fields_of_chats(served: Served, body: dict[str, Any], param: str, words: str) -> None:
-    error = chat_error(served, body)
+def test_fields_of_chats(texts: Served, body: dict[str, Any], param: str, words: str) -> None:
+    error = chat_error(texts, body)
     assert error["param"] == param, error
     assert words in error["message"], error
 
@@ -117,8 +110,8 @@ def test_fields_of_chats(served: Served, body: dict[str, Any], param: str, words
         ({"messages": [USER]}, "messages", "no field"),
     ],
 )
-def test_fields_of_completions(served: Served, body: dict[str, Any], param: str, words: str) -> None:
-    error = prompt_error(served, body)
+def test_fields_of_completions(texts: Served, body: dict[str, Any], param: str, words: str) -> None:
+    error = prompt_error(texts, body)
     assert error["param"] == param, error
     assert words in error["message"], error
 
@@ -149,39 +142,39 @@ SCHEMA = "response_format.json_schema.schema"
         ({"ignore_eos": True, **schema({})}, "ignore_eos", "does not go with structured_outputs"),
     ],
 )
-def test_forms(served: Served, body: dict[str, Any], param: str, words: str) -> None:
+def test_forms(texts: Served, body: dict[str, Any], param: str, words: str) -> None:
     pytest.importorskip("llguidance")
-    for error in (chat_error(served, body), prompt_error(served, body)):
+    for error in (chat_error(texts, body), prompt_error(texts, body)):
         assert error["param"] == param, error
         assert words in error["message"], error
 
 
 @pytest.mark.parametrize("value", [{"maximum": 20_000_000_000}, {"const": None}, {"type": ["null", "integer"]}])
-def test_accepted_forms(served: Served, value: dict[str, Any]) -> None:
+def test_accepted_forms(texts: Served, value: dict[str, Any]) -> None:
     pytest.importorskip("llguidance")
     for body in (schema(value, strict=True, description="x"), {"structured_outputs": {"json": value}}):
         for path in ("completions", "chat/completions"):
-            assert ask(served, path, prompt="hi", max_tokens=2, **body)[0] == 200
+            assert ask(texts, path, prompt="hi", max_tokens=2, **body)[0] == 200
         form = form_of(check_fields(text_fields().chat, {"messages": [USER], **body}))
         assert form is not None
         assert form.given == {"json": value}
 
 
-def test_a_prompt_that_is_too_long(served: Served) -> None:
-    error = prompt_error(served, {"prompt": "a" * LIMIT})
+def test_a_prompt_that_is_too_long(texts: Served) -> None:
+    error = prompt_error(texts, {"prompt": "a" * LIMIT})
     assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
     assert f"has {LIMIT} tokens" in error["message"]
     assert f"room for {LIMIT}" in error["message"]
-    assert prompt_error(served, {"prompt": ["a", "a" * 99]})["code"] == "context_length_exceeded"
-    error = chat_error(served, {"messages": [{"role": "user", "content": "a" * LIMIT}]})
+    assert prompt_error(texts, {"prompt": ["a", "a" * 99]})["code"] == "context_length_exceeded"
+    error = chat_error(texts, {"messages": [{"role": "user", "content": "a" * LIMIT}]})
     assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
-    assert ask(served, "completions", prompt="a" * (LIMIT - 1))[1]["usage"]["completion_tokens"] == 1
+    assert ask(texts, "completions", prompt="a" * (LIMIT - 1))[1]["usage"]["completion_tokens"] == 1
 
 
 def test_a_limit_of_the_server(tmp_path: Path) -> None:
-    with served_texts(tmp_path / "data", language=LanguageOptions(max_model_len=8)) as served:
-        assert "room for 8" in prompt_error(served, {"prompt": "a" * 8})["message"]
-        assert ask(served, "completions", prompt="a" * 6)[1]["usage"]["completion_tokens"] == 2
+    with served_texts(tmp_path / "data", language=LanguageOptions(max_model_len=8)) as texts:
+        assert "room for 8" in prompt_error(texts, {"prompt": "a" * 8})["message"]
+        assert ask(texts, "completions", prompt="a" * 6)[1]["usage"]["completion_tokens"] == 2
 
 
 @pytest.mark.parametrize(
@@ -214,42 +207,42 @@ def test_a_limit_of_the_server(tmp_path: Path) -> None:
         },
     ],
 )
-def test_accepted_chats(served: Served, body: dict[str, Any]) -> None:
-    status, answer = ask(served, **{"messages": [USER], "max_tokens": 3, **body})
+def test_accepted_chats(texts: Served, body: dict[str, Any]) -> None:
+    status, answer = ask(texts, **{"messages": [USER], "max_tokens": 3, **body})
     assert status == 200, answer
 
 
-def test_content_in_parts_is_one_text(served: Served) -> None:
+def test_content_in_parts_is_one_text(texts: Served) -> None:
     parts = [{"type": "text", "text": "ab"}, {"type": "text", "text": "cd"}]
     answers = [
-        ask(served, messages=[{"role": "user", "content": content}], max_tokens=20)[1] for content in (parts, "abcd")
+        ask(texts, messages=[{"role": "user", "content": content}], max_tokens=20)[1] for content in (parts, "abcd")
     ]
     assert answers[0]["choices"] == answers[1]["choices"]
 
 
-def test_bodies(served: Served) -> None:
-    error = error_of(served, "/v1/completions", b"{", 400, {"Content-Type": "application/json"})
+def test_bodies(texts: Served) -> None:
+    error = error_of(texts, "/v1/completions", b"{", 400, {"Content-Type": "application/json"})
     assert error["code"] == "invalid_json"
-    assert error_of(served, "/v1/completions", b"{}", 415, {"Content-Type": "text/plain"})["code"]
-    assert prompt_error(served, {"prompt": "a" * 17 * 1024**2}, 413)["code"] == "request_too_large"
-    assert prompt_error(served, {"prompt": "\ud800"})["code"] == "invalid_json"
-    assert prompt_error(served, {"model": "other"}, 404)["code"] == "model_not_found"
-    assert error_of(served, "/v1/completions", {"prompt": "a"}, 400, {"Idempotency-Key": "k"})["param"]
-    assert len(served.call("POST", "/v1/completions", {"prompt": [5] * 20_000})[1]["error"]["message"]) < 200
+    assert error_of(texts, "/v1/completions", b"{}", 415, {"Content-Type": "text/plain"})["code"]
+    assert prompt_error(texts, {"prompt": "a" * 17 * 1024**2}, 413)["code"] == "request_too_large"
+    assert prompt_error(texts, {"prompt": "\ud800"})["code"] == "invalid_json"
+    assert prompt_error(texts, {"model": "other"}, 404)["code"] == "model_not_found"
+    assert error_of(texts, "/v1/completions", {"prompt": "a"}, 400, {"Idempotency-Key": "k"})["param"]
+    assert len(texts.call("POST", "/v1/completions", {"prompt": [5] * 20_000})[1]["error"]["message"]) < 200
 
 
-def test_a_server_makes_one_kind(served: Served, tmp_path: Path) -> None:
-    error = error_of(served, "/v1/images/generations", {"prompt": "a cat"}, 400)
+def test_a_server_makes_one_kind(texts: Served, tmp_path: Path) -> None:
+    error = error_of(texts, "/v1/images/generations", {"prompt": "a cat"}, 400)
     assert error["code"] == "wrong_kind"
     assert "/v1/chat/completions" in error["message"]
     with serving(tmp_path / "data", IMAGE) as pictures:
         assert chat_error(pictures, {})["code"] == "wrong_kind"
 
 
-def test_a_job_that_fails(served: Served) -> None:
-    error = prompt_error(served, {"prompt": "fail"}, 500)
+def test_a_job_that_fails(texts: Served) -> None:
+    error = prompt_error(texts, {"prompt": "fail"}, 500)
     assert error["code"] == "ranks_died"
-    status, stream = ask(served, "completions", prompt="fail", stream=True)
+    status, stream = ask(texts, "completions", prompt="fail", stream=True)
     assert status == 200
     *_, last, end = stream.decode().strip().split("\n\n")
     assert '"code": "ranks_died"' in last
@@ -268,10 +261,10 @@ def test_a_template_that_refuses(tmp_path: Path) -> None:
     shutil.copytree(found, folder)
     template = "{% if messages[0].role == messages[1].role %}{{ raise_exception('Roles must alternate!') }}{% endif %}"
     (folder / "chat_template.jinja").write_text(template)
-    with served_texts(tmp_path / "data", model=str(folder)) as served:
-        error = chat_error(served, {"messages": [USER, USER]})
+    with served_texts(tmp_path / "data", model=str(folder)) as texts:
+        error = chat_error(texts, {"messages": [USER, USER]})
         assert "Roles must alternate!" in error["message"]
         assert (error["type"], error["param"]) == ("invalid_request_error", "messages")
     (folder / "chat_template.jinja").unlink()
-    with served_texts(tmp_path / "other", model=str(folder)) as served:
-        assert "send a prompt to /v1/completions" in chat_error(served, {})["message"]
+    with served_texts(tmp_path / "other", model=str(folder)) as texts:
+        assert "send a prompt to /v1/completions" in chat_error(texts, {})["message"]

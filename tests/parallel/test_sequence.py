@@ -96,10 +96,6 @@ def test_ring_of_ulysses() -> None:
     compare(4, ["sd3.5"], [{"ulysses_degree": 2, "ring_degree": 2}])
 
 
-def test_stages_of_sequence_parallel_ranks() -> None:
-    compare(4, ["wan2.2-ti2v"], [{"pipeline_parallel_size": 2, "ulysses_degree": 2}])
-
-
 @pytest.mark.full
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", ["flux", "sd3.5", "z-image", "qwen-image"])

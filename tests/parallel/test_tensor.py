@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,6 @@ from shardit.loading.safetensors_file import Reads
 from shardit.models import tiny
 from shardit.parallel.tensor.apply import owned_slices, plan_components, shard_tensors
 from shardit.parallel.tensor.planner import plan_tensors
-from tests.diffusion.test_parallelize import quiet, run, write_lora
 from tests.support import brought, survey_models
 from tests.support.loading import loaded
 from tests.support.ranks import RanksFailed, run_ranks
@@ -371,28 +369,6 @@ def test_pipeline_in_place() -> None:
     assert max(run_ranks(2, in_place, timeout=120)) <= CLOSE
 
 
-def with_lora(rank: int, count: int, method: str, folder: str) -> float:
-    torch.distributed.init_process_group("gloo", init_method=method, rank=rank, world_size=count)
-    plain_pipe, cut, later = (quiet(brought.pipeline("flux")) for _ in range(3))
-    config = DiffusionParallelConfig(tensor_parallel_size=count)
-    for pipe in (plain_pipe, cut):
-        pipe.load_lora_weights(folder)
-    shardit.parallelize(cut, config)
-    shardit.parallelize(later, config)
-    later.load_lora_weights(folder)
-    for pipe in (cut, later):  # what has an adapter is cut like the rest
-        attention = pipe.transformer.transformer_blocks[0].attn
-        assert attention.to_q.base_layer.weight.shape[0] == 64 // count
-        assert attention.to_out[0].lora_A["default_0"].weight.shape[1] == 64 // count
-    expected = run(plain_pipe, "flux")
-    return max(distance(expected, run(pipe, "flux")) for pipe in (cut, later))
-
-
-def test_lora_before_and_after(tmp_path: Path) -> None:
-    write_lora(tmp_path)
-    assert max(run_ranks(2, with_lora, str(tmp_path), timeout=120)) <= CLOSE
-
-
 # Many classes of diffusers.
 
 SURVEYED = ("FluxTransformer2DModel", "HunyuanVideoTransformer3DModel", "LTXVideoTransformer3DModel")
@@ -493,11 +469,6 @@ def test_every_pipeline(name: str, count: int) -> None:
             run_ranks(count, session, case)
     else:
         compare(case, count)
-
-
-@pytest.mark.parametrize("requests", [2])
-def test_stages_of_tensor_ranks(requests: int) -> None:
-    compare(Case("wan2.2-ti2v", pp=2, in_flight=2, requests=requests, call=STEPS), 4)
 
 
 @pytest.mark.full

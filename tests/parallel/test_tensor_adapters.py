@@ -93,6 +93,10 @@ def biased(rank: int, count: int, method: str) -> list[float]:
         pipe.load_lora_weights(dict(layers), adapter_name="one")
         if title == "before":
             shardit.parallelize(pipe, TWO)
+        if title != "plain":  # the adapters are cut like the rest
+            attention = pipe.transformer.transformer_blocks[0].attn
+            assert attention.to_q.base_layer.weight.shape[0] == 64 // count
+            assert attention.to_out[0].lora_A["one"].weight.shape[1] == 64 // count
         outs[title] = [brought.run(pipe, "flux")]
         pipe.fuse_lora()
         outs[title].append(brought.run(pipe, "flux"))

@@ -40,11 +40,14 @@ CLOSE = 1e-5
 
 
 def product(name: str, sizes: dict[str, int]) -> Case:
-    """One request for each copy, with guidance; a video so small that decoding it does not take most of the time."""
+    """One request for each copy, or two over stages at once, with guidance; a video so small that decoding it does not
+    take most of the time."""
     axes = {AXES[axis]: size for axis, size in sizes.items() if axis != "pp"}
     small = {"height": 64, "width": 64} if name == "wan2.2-ti2v" else {}
     call = {**guidance(name), "num_inference_steps": 2, **small}
-    return Case(name, sizes.get("pp", 1), requests=sizes.get("dp", 1), split_batch=True, call=call, axes=axes)
+    stages, copies = sizes.get("pp", 1), sizes.get("dp", 1)
+    requests, in_flight = max(copies, min(stages, 2)), 1 + (stages > copies)
+    return Case(name, stages, in_flight=in_flight, requests=requests, split_batch=True, call=call, axes=axes)
 
 
 Results = list[dict[str, Any]]
@@ -63,6 +66,8 @@ def check(case: Case, results: Results) -> None:
     """Check that the ranks have the result of plain diffusers, each with its own blocks alone."""
     assert joined(results, "errors") == [None] * case.requests
     assert all(not result["strangers"] for result in results)
+    if max(case.axes.get("ring_degree", 1), case.axes.get("ulysses_degree", 1)) > 1:
+        assert all(result["exchanged"] > 0 for result in results)
     wanted = reference(case) if case.prompts == Case.prompts else plain(case)
     for expected, got in zip(wanted, joined(results, "arrays"), strict=True):
         assert math.isfinite(float(abs(got).sum()))

@@ -30,8 +30,9 @@ def has_ray() -> bool:
 needs_ray = pytest.mark.skipif(not has_ray(), reason="ray is not installed")
 
 
-@pytest.fixture
-def cluster():
+@pytest.fixture(scope="module")
+def nodes():
+    """A cluster of two nodes on this machine."""
     from ray.cluster_utils import Cluster
 
     small = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
@@ -44,6 +45,16 @@ def cluster():
             yield made
         finally:
             made.shutdown()
+
+
+@pytest.fixture
+def cluster(nodes):
+    """The cluster, without actors of earlier tests."""
+    until = time.monotonic() + 20
+    while ray_ranks():
+        assert time.monotonic() < until, ray_ranks()
+        time.sleep(0.1)
+    return nodes
 
 
 @pytest.fixture

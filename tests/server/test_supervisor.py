@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
+from PIL import Image
 
 from shardit.models import tiny
 from shardit.server.jobs.job import NewJob
 from shardit.server.jobs.store import Store
-from tests.support.real_server import RealServer, alive, at, real_server
+from tests.support.light import LightCommands
+from tests.support.real_omni import by_diffusers, same
+from tests.support.real_server import WAIT_S, RealServer, alive, at, real_server
 
 LONG = {"num_inference_steps": 40}
 STAGES = ("--pipeline-parallel-size", "2")
@@ -26,7 +31,7 @@ STAGES = ("--pipeline-parallel-size", "2")
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
-    with real_server("flux", tmp_path_factory.mktemp("shared") / "data", *STAGES) as server:
+    with real_server("flux", tmp_path_factory.mktemp("shared") / "data", *STAGES, "--api-key", "a-secret") as server:
         yield server
 
 
@@ -110,6 +115,17 @@ def test_neither_supervisor_nor_api_process_has_torch(server: RealServer) -> Non
         assert "torch" not in Path(f"/proc/{server.pids()[what]}/maps").read_text(), what
 
 
+def test_pictures_by_openais_client(server: RealServer) -> None:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=server.api_key, timeout=WAIT_S, max_retries=0)
+    own = {**tiny.defaults("flux"), "seed": 5}
+    size = f"{own.pop('width')}x{own.pop('height')}"
+    answer = client.images.generate(prompt="a cat", size=size, n=2, extra_body=own)
+    made = [Image.open(io.BytesIO(base64.b64decode(item.b64_json or ""))) for item in answer.data or []]
+    assert same(by_diffusers("flux", 5, prompt="a cat", num_images_per_prompt=2), made)
+    with pytest.raises(openai.AuthenticationError):
+        client.with_options(api_key="another").models.list()
+
+
 @pytest.mark.full
 def test_cancel_one_of_several(server: RealServer) -> None:
     jobs = {seed: server.submit(seed, **LONG) for seed in (1, 2, 3)}
@@ -121,19 +137,20 @@ def test_cancel_one_of_several(server: RealServer) -> None:
         server.check(jobs[seed], seed, **LONG)
 
 
-def test_a_second_server_on_the_same_folder_or_port(server: RealServer, tmp_path: Path) -> None:
-    (line,) = rejection(server.model, "--data-dir", str(server.folder), "--port", "0")
+def test_a_second_server_on_the_same_folder_or_port(
+    server: RealServer, commands: LightCommands, tmp_path: Path
+) -> None:
+    (line,) = rejection(commands, server.folder, server.model, "--port=0")
     assert "is used by another server; choose another with --data-dir" in line
-    (line,) = rejection(server.model, "--data-dir", str(tmp_path), "--port", str(server.port))
+    (line,) = rejection(commands, tmp_path, server.model, "--port", str(server.port))
     assert "cannot listen on" in line
     assert "--port" in line
 
 
-def rejection(*arguments: str) -> list[str]:
-    """Return the command's output without its log; it exits with code 2."""
-    done = subprocess.run(
-        [sys.executable, "-m", "shardit", "serve", *arguments], capture_output=True, text=True, timeout=120
-    )
+def rejection(commands: LightCommands, folder: Path, *arguments: str) -> list[str]:
+    """Return the output, but for its log, of a server with its data in `folder`; it exits with code 2, and has not
+    imported torch."""
+    done = commands.run(["serve", *arguments, f"--data-dir={folder}"], folder)
     assert done.returncode == 2, done
     assert done.stdout == ""
     return [line for line in done.stderr.splitlines() if not line.startswith("{")]
@@ -165,13 +182,27 @@ def test_a_killed_supervisor_then_a_regular_exit(shared: RealServer) -> None:
     assert server.stop(timeout_s=30) == 0
     assert time.monotonic() - begin < 10
     assert not any(map(alive, pids.values()))
+    ask_without_key(server)
     server.start()
     assert server.events("serving")[0]["jobs_to_repeat"] >= 1  # it had put them back
+    (line,) = server.wait(lambda: server.events("hidden_jobs"), "hidden_jobs")
+    assert line["jobs"] == 1
+    assert "start without keys" in line["reason"]
     for seed, job_id in zip((1, 2, 5), more, strict=True):
         server.check(job_id, seed, **LONG)
     for seed, job_id in jobs.items():
         server.check(job_id, seed, **LONG)
     assert_one_end(server)
+
+
+def ask_without_key(server: RealServer) -> None:
+    """Leave three jobs in the store, two of them without an owner, one of which is cancelled."""
+    store = Store(server.folder)
+    for owner in (None, None, "somebody"):
+        job = NewJob("image", {**tiny.defaults("flux"), "prompt": "a"}, seed=1, cost=1.0, owner=owner)
+        store.accept(job, queue_size=9)
+    store.request_cancel(next(job.id for job in store.queued() if job.owner is None))
+    store.close()
 
 
 def assert_one_end(server: RealServer) -> None:
@@ -192,41 +223,28 @@ def assert_one_end(server: RealServer) -> None:
     ],
 )
 @pytest.mark.full
-def test_mistakes_are_one_line(tmp_path: Path, arguments: list[str], words: str) -> None:
-    (line,) = rejection(*arguments, "--data-dir", str(tmp_path), *(["--port", "0"] if len(arguments) < 3 else []))
+def test_mistakes_are_one_line(commands: LightCommands, tmp_path: Path, arguments: list[str], words: str) -> None:
+    (line,) = rejection(commands, tmp_path, *arguments, *(["--port", "0"] if len(arguments) < 3 else []))
     assert words in line
 
 
-def test_jobs_that_wait_for_another_model(tmp_path: Path) -> None:
+def test_jobs_that_wait_for_another_model(commands: LightCommands, tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.accept(NewJob("image", {"prompt": "a cat"}, 1, 1.0), queue_size=1)
     store.remember("model", "tiny/qwen-image")
     store.close()
-    (line,) = rejection("tiny/flux", "--data-dir", str(tmp_path), "--port", "0")
+    (line,) = rejection(commands, tmp_path, "tiny/flux", "--port=0")
     assert "holds 1 unfinished job of tiny/qwen-image; serve that, or choose another folder with --data-dir" in line
-    (line,) = rejection("tiny/qwen-image", "--data-dir", str(tmp_path), "--port", "0", "--vae-tiling")
+    (line,) = rejection(commands, tmp_path, "tiny/qwen-image", "--port=0", "--vae-tiling")
     assert "job of tiny/qwen-image as served with no options of the model, now it is vae_tiling=True; serve it" in line
     store = Store(tmp_path)
     store.remember("model", "tiny/qwen-image with vae_tiling=True")
     store.close()
-    (line,) = rejection("tiny/qwen-image", "--data-dir", str(tmp_path), "--port", "0")
+    (line,) = rejection(commands, tmp_path, "tiny/qwen-image", "--port=0")
     assert "of tiny/qwen-image as served with vae_tiling=True, now it is none; serve it as before" in line
     flags = ("--port", "0", "--vae-tiling", "--dtype", "bfloat16")
-    (line,) = rejection("tiny/qwen-image", "--data-dir", str(tmp_path), *flags)
+    (line,) = rejection(commands, tmp_path, "tiny/qwen-image", *flags)
     assert "as served with vae_tiling=True, now it is vae_tiling=True, dtype bfloat16; serve it as before" in line
-
-
-def test_jobs_that_no_key_sees_are_counted(tmp_path: Path) -> None:
-    store = Store(tmp_path / "data")
-    for owner in (None, None, "somebody"):
-        job = NewJob("image", {"prompt": "a"}, seed=1, cost=1.0, owner=owner)
-        store.accept(job, queue_size=9)
-    store.request_cancel(store.queued()[0].id)
-    store.close()
-    with real_server("flux", tmp_path / "data", "--api-key=abcdef") as server:
-        (line,) = server.wait(lambda: server.events("hidden_jobs"), "hidden_jobs")
-        assert line["jobs"] == 1
-        assert "start without keys" in line["reason"]
 
 
 @pytest.mark.full
@@ -240,11 +258,11 @@ def test_replicas_share_a_queue(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_a_port_that_is_taken_by_others(tmp_path: Path) -> None:
+def test_a_port_that_is_taken_by_others(commands: LightCommands, tmp_path: Path) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        (line,) = rejection("tiny/flux", "--data-dir", str(tmp_path), "--port", str(other.getsockname()[1]))
+        (line,) = rejection(commands, tmp_path, "tiny/flux", "--port", str(other.getsockname()[1]))
     assert "cannot listen on" in line
 
 

@@ -6,8 +6,6 @@ from __future__ import annotations
 import io
 import json
 import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -31,6 +29,7 @@ from shardit.server.jobs.store import Store
 from shardit.server.messages import Changed, Measured, Ranks, Scrape, StepDone, Wake
 from shardit.server.options import ServeOptions
 from shardit.server.supervisor.result_files import write_results
+from tests.support.api_processes import forked_api_process, new_api_process
 
 WAIT_S = 60.0
 
@@ -196,7 +195,7 @@ class FakeSupervisor:
 class Served:
     """A running API process and its fake supervisor."""
 
-    def __init__(self, options: ServeOptions, info: ModelInfo, state: str, held: bool):
+    def __init__(self, options: ServeOptions, info: ModelInfo, state: str, held: bool, new: bool):
         self.options = options
         self.store = Store(options.data_dir)
         self.log = options.data_dir / "api.log"
@@ -205,12 +204,9 @@ class Served:
         self.port = self.listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         channel = Channel(mine)
-        code = f"from shardit.server.http.main import main; main({theirs.fileno()}, {self.listener.fileno()})"
-        code = f"import gc; gc.disable(); {code}"  # as the supervisor starts it
         with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", code], pass_fds=(theirs.fileno(), self.listener.fileno()), stderr=log
-            )
+            start = new_api_process if new else forked_api_process
+            self.process = start(theirs, self.listener, log)
         theirs.close()
         channel.send(options)
         self.supervisor = FakeSupervisor(channel, self.store, info)
@@ -293,9 +289,11 @@ def serving(
     state: str = "ready",
     memory: Any = None,
     held: bool = False,
+    new: bool = False,
     **options: Any,
 ) -> Iterator[Served]:
-    """Start a server with its data in `folder`; `memory` is the learned memory use."""
+    """Start a server with its data in `folder`; `memory` is the learned memory use.
+    new: the API process has an interpreter of its own, which takes a second longer."""
     info = IMAGE if info is None else info
     model = "tiny/wan2.2-ti2v" if info is VIDEO else "tiny/qwen-image"
     folder.mkdir(parents=True, exist_ok=True)
@@ -303,7 +301,7 @@ def serving(
         store = Store(folder)
         store.remember(estimate.MEMORY, memory)
         store.close()
-    served = Served(ServeOptions(**{"model": model, "data_dir": folder, **options}), info, state, held)
+    served = Served(ServeOptions(**{"model": model, "data_dir": folder, **options}), info, state, held, new)
     try:
         yield served
     finally:

@@ -38,6 +38,7 @@ class RealServer:
     def __init__(self, model: str, folder: Path, *flags: str, faulty: bool = False):
         self.model, self.folder, self.faulty = model, folder, faulty
         self.flags = list(flags)
+        self.api_key = flags[flags.index("--api-key") + 1] if "--api-key" in flags else ""
         self.port = 0
         self.log_path = folder.parent / f"{folder.name}.log"
         self.process: subprocess.Popen[bytes] | None = None
@@ -98,6 +99,7 @@ class RealServer:
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json", "Prefer": "respond-async"}
         headers.update({} if key is None else {"Idempotency-Key": key})
+        headers.update({"Authorization": f"Bearer {self.api_key}"} if self.api_key else {})
         request = urllib.request.Request(self.url + path, data, headers, method=method)
         try:
             with urllib.request.urlopen(request, timeout=30.0) as answer:

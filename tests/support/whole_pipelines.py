@@ -137,6 +137,9 @@ def run_case(rank: int, count: int, method: str, case: Case) -> dict[str, Any]:
     parts = {name: getattr(session.model.pipe, name) for name in session.model.assignment.cut}
     stages = {name: part.shardit_stages for name, part in parts.items() if hasattr(part, "shardit_stages")}
     cuts, stage = {name: s.cut for name, s in stages.items()}, session.mesh.pp_rank
+    sequences = [
+        one.shardit_sequence for one in session.model.pipe.components.values() if hasattr(one, "shardit_sequence")
+    ]
     tiles = getattr(session.model.pipe.vae, "shardit_tiles", None)
     return {
         "tiles": {} if tiles is None else dict(tiles.ran),
@@ -147,6 +150,7 @@ def run_case(rank: int, count: int, method: str, case: Case) -> dict[str, Any]:
         "ran": {name: len(cut.ran) for name, cut in cuts.items()},
         "in_flight": max((s.runtime.schedule.most_in_flight for s in stages.values()), default=0),
         "splits": [dict(s._split._known) for s in stages.values()],
+        "exchanged": sum(one.attention.sent_bytes for one in sequences),
     }
 
 

@@ -83,15 +83,14 @@ class ModelEntry:
                 token = inside.set(model)
                 watched = self._runtime is not None and self._runtime.watches
                 try:
-                    call = FlatCall.of(args, kwargs)
-                    materialize_leaves(call.leaves)
+                    materialize_leaves((call := FlatCall.of(args, kwargs)).leaves)
                     call = call.safe() if watched else call
                     if self._runtime is not None:
                         if not self._runtime.mesh.keeps_graph:
                             refuse_gradients(model, call.leaves)
                         self._compare(self._runtime, model, call)
                     own = own_call.__get__(model)
-                    return own(*call.args, **call.kwargs) if run is None else run(own, call)
+                    return run(own, call) if run is not None else own(*call.args, **call.kwargs)
                 finally:
                     inside.reset(token)
                     if watched:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,8 +25,6 @@ from shardit.core.stages.runtime import Runtime
 from shardit.core.stages.split_calls import SplitCalls
 from shardit.core.stages.staged_call import StagedCall
 from shardit.core.stages.user_code import UserCode, scales_adapters
-
-log = logging.getLogger(__name__)
 
 
 @dataclass

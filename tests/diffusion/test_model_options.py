@@ -15,6 +15,7 @@ import shardit
 from shardit.cli import main
 from shardit.config import DiffusionParallelConfig
 from shardit.diffusion.loading.schedulers import changed_scheduler
+from shardit.diffusion.loading.timesteps import asked_in
 from shardit.engine.inspect import inspect_model
 from shardit.engine.process.messages import SessionSpec
 from shardit.engine.session import check
@@ -260,6 +261,26 @@ def test_schedulers_without_arguments_of_the_pipeline() -> None:
     changed_scheduler(euler, model_options(scheduler="UniPCMultistepScheduler"), diffusers.QwenImagePipeline)
     with pytest.raises(InputError, match="HeliosScheduler cannot take the place"):
         changed_scheduler(own, model_options(scheduler="HeliosScheduler"), diffusers.WanPipeline)
+    inverse = "DPMSolverMultistepInverseScheduler"  # without set_begin_index, which WanPipeline calls
+    with pytest.raises(InputError, match=f"{inverse} cannot take the place") as refused:
+        changed_scheduler(own, model_options(scheduler=inverse), diffusers.WanPipeline)
+    assert inverse not in str(refused.value).rpartition("choose among ")[2]
+    changed_scheduler(own, model_options(scheduler=inverse), diffusers.SanaVideoPipeline)
+
+
+def test_methods_of_a_scheduler_that_every_call_uses() -> None:
+    source = """
+def __call__(self):
+    retrieve_timesteps(self.scheduler)
+    if self.scheduler.may():
+        self.scheduler.sometimes()
+    hasattr(self.scheduler, "x") and self.scheduler.x()
+    with self.bar():
+        for t in self.scheduler.timesteps:
+            a = self.scheduler.step(self.scheduler.scaled(t))[0]
+    other.scheduler.not_ours()
+"""
+    assert asked_in(source).methods == ("scaled", "step")
 
 
 @pytest.mark.parametrize("name", ["LCMScheduler", "TCDScheduler"])

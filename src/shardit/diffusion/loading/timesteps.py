@@ -19,8 +19,8 @@ _CALLS = ("retrieve_timesteps", "set_timesteps")
 
 @dataclass(frozen=True)
 class TimestepArguments:
-    """Arguments that a pipeline passes to `set_timesteps` besides the number of steps, read from the source of its
-    `__call__`."""
+    """Arguments that a pipeline passes to `set_timesteps` besides the number of steps, and what else it calls of its
+    scheduler, read from the source of its `__call__`."""
 
     sigmas: bool = False
     """Sigmas of its own, regardless of the user's arguments."""
@@ -30,6 +30,8 @@ class TimestepArguments:
     """But none for schedulers that have `use_flow_sigmas`."""
     mu: bool = False
     """The shift for the size of the image."""
+    methods: tuple[str, ...] = ()
+    """Methods of the scheduler that every call uses."""
 
 
 def asked_by(pipeline_class: Any) -> TimestepArguments:
@@ -51,12 +53,15 @@ def asked_in(source: str) -> TimestepArguments:
         array=any(re.search(r"\b(np|numpy)\.", value) for value in made),
         flow_sigmas="use_flow_sigmas" in source,
         mu="mu" in names,
+        methods=tuple(sorted(set(_methods(tree)))),
     )
 
 
 def problem(scheduler: Any, asked: TimestepArguments) -> str:
-    """Return the error of a copy of a scheduler when it is called as by a pipeline, or that its steps are not numbers;
-    "" if it succeeds."""
+    """Return the error of a copy of a scheduler when it is called as by a pipeline, that its steps are not numbers, or
+    which method it lacks; "" if it succeeds."""
+    if lacking := [name for name in asked.methods if not hasattr(scheduler, name)]:
+        return f"it has no {lacking[0]}"
     given: dict[str, Any] = {"mu": 1.0} if asked.mu else {}
     if asked.sigmas and not (asked.flow_sigmas and scheduler.config.get("use_flow_sigmas")):
         sigmas = [1 - step / _STEPS for step in range(_STEPS)]
@@ -85,6 +90,18 @@ def _calls(tree: ast.AST) -> Iterator[ast.Call]:
         name = getattr(node.func, "id", getattr(node.func, "attr", "")) if isinstance(node, ast.Call) else ""
         if isinstance(node, ast.Call) and name in _CALLS:
             yield node
+
+
+def _methods(node: ast.AST) -> Iterator[str]:
+    """Yield the methods of `self.scheduler` that are called under no condition: a pipeline does without the others, or
+    asks first whether there are any."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.If, ast.IfExp, ast.BoolOp, ast.Try)):
+            continue
+        if isinstance(child, ast.Attribute) and ast.unparse(child.value) == "self.scheduler":
+            if isinstance(node, ast.Call) and node.func is child:
+                yield child.attr
+        yield from _methods(child)
 
 
 def _is_none(value: ast.expr) -> bool:

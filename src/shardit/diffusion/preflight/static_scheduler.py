@@ -88,10 +88,13 @@ def _proposed(own: str, config: Mapping[str, Any], asked: TimestepArguments) -> 
 
 
 def _takes(name: str, flow: bool, asked: TimestepArguments) -> bool:
-    """Return whether the `set_timesteps` of a scheduler takes the arguments of a pipeline."""
-    takes = parameters_of(definitions("schedulers")[name], "set_timesteps")
+    """Return whether a scheduler has the methods that a pipeline calls, and `set_timesteps` takes its arguments."""
+    node = definitions("schedulers")[name]
+    takes = parameters_of(node, "set_timesteps")
     if not takes:
         return True  # it is inherited
+    if any(method(node, each) is None for each in asked.methods):
+        return False
     own_sigmas = asked.flow_sigmas and flow and "use_flow_sigmas" in _init(name)
     if asked.sigmas and not asked.array and not own_sigmas and not _is_flow_class(name):
         return False  # the flow-matching ones alone make arrays of lists

@@ -144,7 +144,8 @@ def join(pipe: Any, runtime: Runtime) -> None:
     _patch_pipeline_constructors()
     cls, device = type(pipe), runtime.mesh.device
 
-    def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def to(self: Any, *args: Any, silence_dtype_warnings: bool = False, **kwargs: Any) -> Any:
+        # The warnings are of diffusers' method, which this one replaces; modules do not take the argument.
         for component in (components_of(self) or {}).values():
             component.to(*args, **kwargs)
         return self

@@ -98,9 +98,9 @@ def _methods(node: ast.AST) -> Iterator[str]:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, (ast.If, ast.IfExp, ast.BoolOp, ast.Try)):
             continue
-        if isinstance(child, ast.Attribute) and ast.unparse(child.value) == "self.scheduler":
-            if isinstance(node, ast.Call) and node.func is child:
-                yield child.attr
+        called = child.func if isinstance(child, ast.Call) else None
+        if isinstance(called, ast.Attribute) and ast.unparse(called.value) == "self.scheduler":
+            yield called.attr
         yield from _methods(child)
 
 

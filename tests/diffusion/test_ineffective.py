@@ -6,6 +6,7 @@ import inspect
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -54,6 +55,7 @@ DROPPED = "the negative prompt has no effect without guidance: give a higher {}"
     [
         (Distilled(), {"negative_prompt": "blurry"}, "true_cfg_scale"),
         (Distilled(), {"negative_prompt": "blurry", "true_cfg_scale": 1.0}, "true_cfg_scale"),
+        (Distilled(), {"negative_prompt": "blurry", "true_cfg_scale": np.float32(1)}, "true_cfg_scale"),
         (Distilled(), {"negative_prompt_embeds": torch.ones(1)}, "true_cfg_scale"),
         (Distilled(), {"negative_prompt": "blurry", "true_cfg_scale": 3.0}, ""),
         (Distilled(), {"negative_prompt": ""}, ""),

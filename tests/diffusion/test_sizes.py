@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline
@@ -130,6 +131,10 @@ def test_a_request_of_another_size():
     with pytest.raises(InputError, match="height must be a multiple of 64, got 97; use 64 or 128"):
         build_requests("a", None, overrides={"height": 97, "width": 64}, **rest)
     assert build_requests("a", None, overrides={"height": 128, "width": 72}, **rest)
+    assert build_requests("a", None, overrides={"height": np.int64(128), "width": 72}, **rest)
+    with pytest.raises(InputError, match="height must be a multiple of 64, got 97; use 64 or 128"):
+        build_requests("a", None, overrides={"height": np.int64(97), "width": 64}, **rest)
+    assert dataclasses.replace(TAKES, most={"n": 8}).limit_problem("n", np.int32(9)) == "n must be at most 8, got 9"
 
 
 @pytest.mark.parametrize(

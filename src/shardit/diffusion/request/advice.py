@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -83,11 +84,11 @@ def _remedy(request: Request, error: Exception) -> str:
             f"; the components have dtypes of their own ({given}), with which this pipeline does not run: give others"
         )
     if _OF_NUMBERS.search(text):
-        large = {name: v for name, v in request.kwargs.items() if isinstance(v, (int, float)) and abs(v) > _LARGE}
+        large = {name: v for name, v in request.kwargs.items() if isinstance(v, Real) and abs(v) > _LARGE}
         given = ", ".join(f"{name} {value}" for name, value in large.items())
         return f"; a number is too large for the dtype of the model ({given}): give a smaller one" if given else ""
     sides = {name: request.kwargs[name] for name in ("height", "width") if name in request.kwargs}
-    few = any(isinstance(side, int) and side < _SMALL for side in sides.values())
+    few = any(isinstance(side, Integral) and int(side) < _SMALL for side in sides.values())
     small = _OF_SIZES.search(text) or (few and type(error) in _OF_SHAPES and _OF_ZERO.search(text))
     if sides and small and not any(map(_shape, request.kwargs.values())):  # tensors of the user are the likelier cause
         given = ", ".join(f"{name} {value}" for name, value in sides.items())

@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from shardit.diffusion.loading.annotations import forms_of, is_list, is_tensor, tuple_length
@@ -146,8 +147,9 @@ class PipelineSignature:
     def size_problem(self, name: str, value: Any) -> str | None:
         """Return the error in a height or width, with the nearest valid ones; None if it is valid."""
         step, least = self.multiples.get(name), self.least.get(name)
-        if not isinstance(value, int):
+        if not isinstance(value, Integral):  # of numpy, too
             return None
+        value = int(value)
         if least is not None and value < least and (step is None or value % step == 0):
             return f"{name} must be at least {least}, got {value}: the model can make nothing smaller"
         if step is None or value % step == 0:
@@ -158,7 +160,7 @@ class PipelineSignature:
     def limit_problem(self, name: str, value: Any) -> str | None:
         """Return the error in a number that the pipeline refuses as too large; None if it is valid."""
         most = self.most.get(name)
-        if most is None or not isinstance(value, int) or value <= most:
+        if most is None or not isinstance(value, Integral) or int(value) <= most:
             return None
         return f"{name} must be at most {most}, got {value}"
 
@@ -170,7 +172,7 @@ class PipelineSignature:
         """Return the error in an argument that must be a tensor: text and plain numbers are invalid, also in lists, and
         for latents and embeddings arrays."""
         parts = list(_leaves(value))
-        wrong = not parts or any(isinstance(part, (str, bytes, bool, int, float, Mapping)) for part in parts)
+        wrong = not parts or any(isinstance(part, (str, bytes, bool, Real, Mapping)) for part in parts)
         wrong = wrong or (bool(_EMBEDDED.search(name)) and any(type(part).__module__ == "numpy" for part in parts))
         if name not in self.tensors or _IMAGE.search(name) or not wrong:  # images are opened in any case
             return None

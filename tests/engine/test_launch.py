@@ -120,6 +120,17 @@ def test_runs_from_any_program_and_leaves_nothing(kind, tmp_path):
     assert_gone(said["family"])
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("taken", [False, True], ids=["free", "taken"])
+def test_runs_with_closed_standard_streams(closed, taken, tmp_path):
+    """taken: a file of the program has got the free descriptor, before there are ranks."""
+    opened = "file = open('result', 'w')\n"
+    source = [opened, PREAMBLE, ONE_CALL] if taken else [PREAMBLE, ONE_CALL, opened]
+    (tmp_path / "program.py").write_text("".join([*source, "file.write(output.prompt)\n"]))
+    done = run("sh", "-c", f"{sys.executable} program.py {closed}", cwd=tmp_path)[1]
+    assert (done.returncode, (tmp_path / "result").read_text()) == (0, "hello"), done.stderr
+
+
 def test_exception_leaves_nothing():
     said, done = run(sys.executable, "-c", PREAMBLE + ONE_CALL + "1 / 0")
     assert done.returncode == 1

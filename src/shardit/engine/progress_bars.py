@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from typing import Any
 
@@ -14,7 +15,7 @@ class Bars:
 
     def __init__(self) -> None:
         self._bars: dict[int, Any] = {}
-        self._off = not switch(PROGRESS, os.environ, default=True)
+        self._off = _switched_off()
 
     def update(self, index: int, step: int, total: int, made: Any = None) -> None:
         """Show that request `index` has finished `step` of `total` steps; as an `OnProgress`."""
@@ -43,7 +44,7 @@ class TokenBar:
 
     def __init__(self, count: int, shown: bool = True):
         self._count, self._tokens, self._bar = count, 0, None
-        self._off = not shown or count == 0 or not switch(PROGRESS, os.environ, default=True)
+        self._off = not shown or count == 0 or _switched_off()
         self._ended: set[int] = set()
 
     def update(self, index: int, step: int, total: int, made: Any = ()) -> None:
@@ -70,3 +71,8 @@ class TokenBar:
         if self._bar is not None:
             self._bar.update(self._count - self._bar.n)
             self._bar.close()
+
+
+def _switched_off() -> bool:
+    """Return whether bars are not wanted, or have no stream: Python has None for a standard stream that is closed."""
+    return not switch(PROGRESS, os.environ, default=True) or sys.stderr is None

@@ -29,7 +29,14 @@ from shardit.engine.process.messages import (
     Stacks,
     Start,
 )
-from shardit.engine.process.process import OWN_GROUP, command, describe_exit, threads_per_rank
+from shardit.engine.process.process import (
+    OWN_GROUP,
+    command,
+    describe_exit,
+    hold_standard_descriptors,
+    inherited,
+    threads_per_rank,
+)
 from shardit.errors import InputError, RankError
 
 FORK_SERVER = "shardit.engine.rank.fork_server"
@@ -60,12 +67,15 @@ class ForkServerClient:
         self._checked = False
         self._asking = threading.Lock()  # one question at a time
         self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        hold_standard_descriptors()
         ours, theirs = socket.socketpair()
         self.control = Channel(ours)
         with theirs:
             self.process = subprocess.Popen(
                 command(FORK_SERVER, theirs.fileno(), os.getpid(), no_gc=True),
                 stdin=subprocess.DEVNULL,  # a script may be read from standard input
+                stdout=inherited(1),
+                stderr=inherited(2),
                 pass_fds=[theirs.fileno()],
                 env=fork_server_environment(),
                 **OWN_GROUP,

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -46,6 +47,20 @@ def command(module: str, *numbers: int, no_gc: bool = False) -> list[str]:
     """
     root = str(Path(shardit.__file__).resolve().parents[1])
     return [sys.executable, "-c", _BOOT, root, module, "no_gc" if no_gc else "", *map(str, numbers)]
+
+
+def hold_standard_descriptors() -> None:
+    """Connect closed standard streams (`>&-`) to nothing, so that no socket gets their descriptors: child processes and
+    libraries in C would write their output to it."""
+    while (free := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(free)
+
+
+def inherited(descriptor: int) -> int | None:
+    """Return what `Popen` takes for a standard stream: None where a child process would get that of this process, else
+    a replacement. It is missing if it was closed, or if its descriptor is that of another file."""
+    return None if os.get_inheritable(descriptor) else subprocess.DEVNULL
 
 
 def die_with_parent(number: int) -> None:

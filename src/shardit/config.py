@@ -92,7 +92,7 @@ class DiffusionParallelConfig:
 
     layer_partition: Sequence[int] | None = declare(
         None,
-        'Blocks per stage or chunk, such as "8,12,12,8". [default: balanced]',
+        "Blocks per stage or chunk, such as 8,12,12,8. [default: balanced]",
         PARTITION,
         flag=Flag(kind=str | None, read=lambda text: parse_layer_partition(text, "--layer-partition")),
     )

@@ -240,7 +240,7 @@ class LanguageFlags(
     def check(self) -> None:
         """Find mistakes that need no model. Raises InputError, which names the flag."""
         check_texts(self, "stop", "prompt", "system")
-        check_flags(self, SamplingParams, LanguageOptions)
+        check_flags(self, SamplingParams, LanguageOptions, SessionSpec)
         if not self.model:
             raise InputError(f"name a model: {DECODER[0].lower()}{DECODER[1:-1]}")
         self.sampling()

@@ -206,6 +206,22 @@ def test_existing_file_is_replaced(tmp_path):
     assert files(tmp_path) == ["cat.png"]
 
 
+def test_the_file_of_a_link_is_replaced(tmp_path):
+    (tmp_path / "there").mkdir()
+    for target, link in (("there/cat.png", "link.png"), ("there/plain", "other.png")):
+        (tmp_path / link).symlink_to(target)
+        assert pictures().save(tmp_path / link) == [tmp_path / link]
+        assert (tmp_path / link).is_symlink()
+        assert Image.open(tmp_path / target).size == (16, 12)
+    assert files(tmp_path / "there") == ["cat.png", "plain"]
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "null.png").symlink_to(os.devnull)
+    (tmp_path / "lost.png").symlink_to("none/cat.png")
+    for name, message in {"pipe": "not a regular file", "null": "not a regular file", "lost": "none does not"}.items():
+        with pytest.raises(InputError, match=message):
+            pictures().save(tmp_path / f"{name}.png")
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "message"),
     [
@@ -214,7 +230,7 @@ def test_existing_file_is_replaced(tmp_path):
         ("cat", None, "does not fit"),
         ("cat.doc", None, "does not fit"),
         ("none/cat.png", None, "none does not exist; make it or choose another"),
-        ("file/cat.png", None, "is not a folder"),
+        ("file/cat.png", None, "file is not a folder; choose another"),
         ("folder.png", None, "is a folder; give a file name"),
         (".", None, "is a folder; give a file name"),
     ],

@@ -116,6 +116,8 @@ def test_more_results_than_the_limit_are_refused_before_their_files_are_named(ca
 
 def test_a_range_is_named_whole(capsys):
     assert "--top-p must be above 0 and at most 1" in refused(capsys, "complete", "m", "--prompt", "x", "--top-p", "2")
+    said = refused(capsys, "complete", "m", "--prompt", "x", "--timeout", "0")
+    assert "--timeout must be more than 0 and at most 1000000 seconds, got 0" in said
 
 
 @pytest.mark.parametrize(

@@ -116,13 +116,14 @@ def _read(flag: Flag, name: str, value: Any) -> Any:
 
 
 def check_flags(flags: Any, *classes: type) -> None:
-    """Check the values of flags by what the settings of `classes` take. Raises InputError, which names the flag."""
+    """Check the values of flags by what the settings of `classes` take, of which a command may have some. Raises
+    InputError, which names the flag."""
     for item in (item for cls in classes for item in declared(cls)):
         flag, check = item.metadata["flag"], item.metadata["check"]
         if flag is None or check is None:
             continue
         name = flag.name or item.name
-        if (value := getattr(flags, name)) is not None and check.problem(value):
+        if (value := getattr(flags, name, None)) is not None and check.problem(value):
             raise InputError(f"{_spelt(name)} must be {check.limits}, got {value}")
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from shardit.diffusion.output.arrays import by_name, images_of_map, named_arrays, pixels_of
 from shardit.diffusion.output.encode import is_transparent, record_text, too_long, write_image, write_video
 from shardit.diffusion.output.sound import MOST_SAMPLES, write_wav
-from shardit.diffusion.output.target import IN_WORDS, SUFFIXES, check_path, numbered, path_of
+from shardit.diffusion.output.target import IN_WORDS, SUFFIXES, check_path, linked, numbered, path_of
 from shardit.diffusion.request.returned import MAPS, Kind
 from shardit.errors import InputError, NothingToSaveError
 from shardit.params import FRAME_RATE
@@ -107,7 +107,8 @@ class Output:
         quality: of JPEG and WebP, 0 to 100; None and 100 mean the best there is (95 without colour subsampling, and
         lossless). fps: of a video; None means the attribute `fps`.
         Several become name-0.png, name-1.png, ... Seed and settings are recorded in the file (not in text). Files
-        appear complete or not at all, and existing ones are replaced. Returns the paths. Raises `InputError` if this
+        appear complete or not at all, and existing ones are replaced (of a symbolic link, the file to which it leads).
+        Returns the paths. Raises `InputError` if this
         output is an error or has nothing to save, the folder is missing, the extension does not fit, the sample rate is
         not known, `quality` or `fps` is given for another format or the disk is full.
         """
@@ -266,7 +267,8 @@ def _write_all(writers: Mapping[Path, Writer]) -> list[Path]:
     """Write every file under another name first, so that there are either all of them or none."""
     # In the folder of the target, because a rename is a single step only within one file system. The suffix stays last:
     # encoders choose the format by it.
-    hidden = {path: path.with_name(f".shardit-{secrets.token_hex(6)}{path.suffix}") for path in writers}
+    real = {path: linked(path) for path in writers}
+    hidden = {path: real[path].with_name(f".shardit-{secrets.token_hex(6)}{path.suffix}") for path in writers}
     with _removed_on_error(list(hidden.values())):
         for path, write in writers.items():
             with _one_line_os_error(path):
@@ -274,7 +276,7 @@ def _write_all(writers: Mapping[Path, Writer]) -> list[Path]:
                 _to_disk(hidden[path])
         for path, partial in hidden.items():
             with _one_line_os_error(path):
-                os.replace(partial, path)
+                os.replace(partial, real[path])
     return list(writers)
 
 

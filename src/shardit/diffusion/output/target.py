@@ -66,12 +66,20 @@ def check_path(
     if problem := side_problem(suffix, *size):
         raise InputError(f"output {target} cannot hold it: {problem}")
     check_installed(PACKAGES.get(suffix, ()))
-    if not target.parent.is_dir():
-        what = "is not a folder" if target.parent.exists() else "does not exist; make it"
-        raise InputError(f"output folder {target.parent} {what} or choose another")
-    if not os.access(target.parent, os.W_OK):
-        raise InputError(f"output folder {target.parent} is not writable; choose another")
+    if target.exists() and not target.is_file():
+        raise InputError(f"output {target} is not a regular file, which alone can be replaced; choose another name")
+    folder = linked(target).parent
+    if not folder.is_dir():
+        what = "is not a folder;" if folder.exists() else "does not exist; make it or"
+        raise InputError(f"output folder {folder} {what} choose another")
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"output folder {folder} is not writable; choose another")
     return target
+
+
+def linked(target: Path) -> Path:
+    """Return the file that is written for an output: if that is a symbolic link, the file to which it leads."""
+    return Path(os.path.realpath(target)) if target.is_symlink() else target
 
 
 def side_problem(suffix: str, width: int | None, height: int | None) -> str | None:

@@ -6,6 +6,8 @@ import re
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
+from shardit.settings.checks import float_of
+
 if TYPE_CHECKING:
     from shardit.diffusion.request.request import Request
 
@@ -84,7 +86,7 @@ def _remedy(request: Request, error: Exception) -> str:
             f"; the components have dtypes of their own ({given}), with which this pipeline does not run: give others"
         )
     if _OF_NUMBERS.search(text):
-        large = {name: v for name, v in request.kwargs.items() if isinstance(v, Real) and abs(v) > _LARGE}
+        large = {name: v for name, v in request.kwargs.items() if isinstance(v, Real) and abs(float_of(v)) > _LARGE}
         given = ", ".join(f"{name} {value}" for name, value in large.items())
         return f"; a number is too large for the dtype of the model ({given}): give a smaller one" if given else ""
     sides = {name: request.kwargs[name] for name in ("height", "width") if name in request.kwargs}

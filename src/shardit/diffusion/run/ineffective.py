@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
+from shardit.settings.checks import float_of
+
 _SCALES = ("true_cfg_scale", "guidance_scale")
 _OF_GUIDANCE = ("guidance_scale_2", "guidance_rescale", "cfg_", "skip_layer_guidance", "skip_guidance_layers")
 """Prefixes of the names of arguments that have no effect without guidance."""
@@ -18,7 +20,7 @@ def _guided(arguments: Mapping[str, Any], names: Mapping[str, Any], pipe: Any) -
     """Return whether the last call of a pipeline had classifier-free guidance; None if that is not known."""
     if "true_cfg_scale" in names:
         scale = arguments.get("true_cfg_scale", names["true_cfg_scale"].default)
-        return bool(scale > 1) if isinstance(scale, Real) else None
+        return float_of(scale) > 1 if isinstance(scale, Real) else None
     try:
         said = pipe.do_classifier_free_guidance
     except Exception:  # it has no such property, or one of values that this call did not set
@@ -41,7 +43,7 @@ def ineffective(arguments: Mapping[str, Any], names: Mapping[str, Any], pipe: An
     given = [name for name, value in arguments.items() if name in names and not _is_default(value, names[name])]
     negative = [value for name, value in arguments.items() if name.startswith("negative_prompt") and value is not None]
     scale = arguments.get("true_cfg_scale")
-    if isinstance(scale, Real) and scale > 1 and "negative_prompt" in names and not negative:
+    if isinstance(scale, Real) and float_of(scale) > 1 and "negative_prompt" in names and not negative:
         notes.append("true_cfg_scale has no effect without negative_prompt")
     if _guided(arguments, names, pipe) is False:
         scale = next((name for name in _SCALES if name in names), "guidance")  # the first alone counts

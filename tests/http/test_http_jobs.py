@@ -20,8 +20,9 @@ from shardit.server.http.answers import events as http_events
 from shardit.server.http.state.live_state import LiveState
 from shardit.server.jobs.job import NewJob
 from shardit.server.jobs.store import Store
+from shardit.settings.model_options import ModelOptions
 from tests.support.http_calls import LATER, NOW, events, open_job
-from tests.support.http_fake import WAIT_S, Served
+from tests.support.http_fake import WAIT_S, Served, serving
 
 
 def test_a_job_of_an_image(images: Served) -> None:
@@ -221,6 +222,21 @@ def test_idempotency(images: Served) -> None:
     done = images.call("POST", NOW, {"prompt": "a cat"}, {"Idempotency-Key": "once"})[1]
     assert done["id"] == first["id"]
     assert images.call("POST", NOW, {"prompt": "a cat"}, {"Idempotency-Key": "a b"})[0] == 400
+
+
+def test_a_job_belongs_to_its_model(tmp_path: Path) -> None:
+    once, name = {**LATER, "Idempotency-Key": "once"}, {"served_model_name": "a/name"}
+    with serving(tmp_path, **name) as served:
+        first = served.call("POST", NOW, {"prompt": "a cat"}, once)[1]
+        served.until(f"/v1/images/{first['id']}", "completed")
+    with serving(tmp_path, **name) as served:  # the same model again
+        assert served.call("POST", NOW, {"prompt": "a cat"}, once)[1]["id"] == first["id"]
+    for other in ({"model": "tiny/flux"}, {"loading": ModelOptions(vae_tiling=True)}, {"dtype": "bfloat16"}):
+        with serving(tmp_path, **{**name, **other}) as served:
+            status, answer, _ = served.call("POST", NOW, {"prompt": "a cat"}, once)
+            assert (status, answer["error"]["code"]) == (409, "idempotency_conflict"), other
+    with serving(tmp_path, model="tiny/flux") as served:
+        assert [job["model"] for job in served.call("GET", "/v1/images")[1]["data"]] == ["a/name"]
 
 
 def test_events(videos: Served) -> None:

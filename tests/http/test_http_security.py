@@ -210,7 +210,12 @@ def test_origins_can_be_allowed(tmp_path: Path) -> None:
         assert (status, headers["access-control-allow-origin"]) == (200, "https://good.example")
         status, _, headers = served.call("POST", NOW, {"prompt": "x"}, {**good, **bearer("alpha")})
         assert (status, headers["access-control-allow-origin"]) == (200, "https://good.example")
-        assert "Retry-After" in headers["access-control-expose-headers"]
+        assert {"Retry-After", "openai-poll-after-ms"} <= set(headers["access-control-expose-headers"].split(", "))
+        # OpenAI's client for JavaScript adds headers of its own, which a browser asks for first.
+        ask["Access-Control-Request-Headers"] = "authorization,openai-organization,x-stainless-lang"
+        status, _, headers = served.call("OPTIONS", NOW, headers={**good, **ask})
+        assert (status, headers["access-control-allow-headers"]) == (200, ask["Access-Control-Request-Headers"])
+        assert served.call("OPTIONS", NOW, headers={"Origin": "https://evil.example", **ask})[0] == 400
         headers = served.call("GET", "/health", headers={"Origin": "https://evil.example"})[2]
         assert "access-control-allow-origin" not in headers
 

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 
 from shardit.engine.process.channel import Channel
 from shardit.engine.process.loop import Loop
 from shardit.logs import logger
 from shardit.server.entry.serve import listening
+from shardit.server.http.main import _config
 from shardit.server.http.state.supervisor_client import SupervisorClient
 from shardit.server.messages import Ping, Pong
 from shardit.server.options import ServeOptions
@@ -27,6 +29,12 @@ from shardit.server.process.api_process import ApiProcess, start
 from shardit.server.process.heartbeat import ASK_EVERY_S, GRACE_S, MAX_SLOWDOWN, MAX_STEP_S, START_S, Heartbeat
 
 WAIT_S = 120.0
+
+
+@pytest.mark.parametrize("workers", ["", "many", "4"])
+def test_the_number_of_workers_is_no_variable(monkeypatch: pytest.MonkeyPatch, workers: str) -> None:
+    monkeypatch.setenv("WEB_CONCURRENCY", workers)  # set by container platforms, and read by uvicorn
+    assert _config(FastAPI()).workers == 1
 
 
 class Asked:

@@ -12,6 +12,7 @@ import pytest
 
 from shardit.errors import InputError
 from shardit.language.options import LanguageOptions
+from shardit.models.tiny.cache import cache_root
 from shardit.models.tiny.language import language_folder
 from shardit.server.entry.serve import listening, locked, serve
 from shardit.server.flags import ServeFlags
@@ -94,6 +95,30 @@ def test_every_flag_arrives() -> None:
     assert options().host == "127.0.0.1"
     assert options().data_dir != options(served_model_name="a/name").data_dir
     assert options(omni=True) == options()
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def nobody(number: int) -> None:
+        raise KeyError(number)
+
+    monkeypatch.setattr("pwd.getpwuid", nobody)  # as in a container with a number for its user
+    for name in ("HOME", "XDG_DATA_HOME", "SHARDIT_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    assert options(data_dir=tmp_path).data_dir == tmp_path
+    with pytest.raises(InputError, match=r"no home folder.*give --data-dir"):
+        options()
+    with pytest.raises(InputError, match=r"no home folder.*SHARDIT_CACHE"):
+        cache_root()
+    with pytest.raises(InputError, match="--data-dir ~/x: there is no user of that name, or none with a home folder"):
+        options(data_dir=Path("~/x"))
+
+
+def test_homes_in_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("XDG_DATA_HOME", "SHARDIT_CACHE"):
+        monkeypatch.setenv(name, "~/x")
+    assert options(data_dir=Path("~/x")).data_dir == cache_root() == tmp_path / "x"
+    assert options().data_dir == tmp_path / "x" / "shardit" / "tiny--flux"
 
 
 def test_addresses_that_are_not_here() -> None:

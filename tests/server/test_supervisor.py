@@ -247,6 +247,22 @@ def test_jobs_that_wait_for_another_model(commands: LightCommands, tmp_path: Pat
     assert "as served with vae_tiling=True, now it is vae_tiling=True, dtype bfloat16; serve it as before" in line
 
 
+def test_jobs_that_will_not_run_bind_to_no_model(commands: LightCommands, tmp_path: Path) -> None:
+    # A client waited for it on a connection, another job was being cancelled, and texts nobody can ask for again.
+    store = Store(tmp_path)
+    for number, (kind, waits) in enumerate((("image", True), ("image", False), ("text", False))):
+        store.accept(NewJob(kind, {"prompt": "a cat"}, number, 1.0, waits=waits), queue_size=9)
+    cancelled = store.queued()[1].id
+    store.start(cancelled)
+    store.request_cancel(cancelled)
+    assert store.to_run() == 0
+    store.accept(NewJob("image", {"prompt": "a cat"}, 9, 1.0), queue_size=9)
+    store.remember("model", "tiny/qwen-image")
+    store.close()
+    (line,) = rejection(commands, tmp_path, "tiny/flux", "--port=0")
+    assert "holds 1 unfinished job of tiny/qwen-image" in line
+
+
 @pytest.mark.full
 def test_replicas_share_a_queue(tmp_path: Path) -> None:
     with real_server("flux", tmp_path / "data", "--data-parallel-size", "2", "--max-in-flight", "1") as server:

@@ -25,7 +25,7 @@ from shardit.server.options import LANGUAGE, Executor, RequestLimits, ServeOptio
 from shardit.settings.declare import Flag, declare, declared
 from shardit.settings.flag_class import check_flags, flag_class, values_of
 from shardit.settings.model_options import WHOLE, ModelOptions, split_model
-from shardit.settings.paths import check_name, user_path
+from shardit.settings.paths import home_folder, user_path
 
 
 class LogFormat(Enum):
@@ -64,13 +64,13 @@ class ServeFlags(
         check_flags(self, ServeOptions, LanguageOptions, RequestLimits)
         self._check_nodes()
         task, model, loading = self._model()
-        if self.data_dir is not None:
-            check_name("--data-dir", self.data_dir)
         given = {
-            "data_dir": default_data_dir(self.served_model_name or self.model),
             # A single file is the model, not its configuration.
             "served_model_name": self.model if loading.single_files.get(WHOLE) else None,
             **values_of(self, ServeOptions),
+            "data_dir": user_path("--data-dir", self.data_dir)
+            if self.data_dir is not None
+            else default_data_dir(self.served_model_name or self.model),
         }
         return ServeOptions(
             model=model,
@@ -134,12 +134,13 @@ _LONGEST_NAME = 200
 
 
 def default_data_dir(name: str) -> Path:
-    """Return a folder in the user's data folder, one for each model name or model folder."""
+    """Return a folder in the user's data folder, one for each model name or model folder. Raises InputError."""
     with contextlib.suppress(InputError):  # a name that clients see need be no path
         folder = user_path("model", name)
         name = str(folder.resolve()) if folder.is_dir() else name
-    base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    told = os.environ.get("XDG_DATA_HOME")
+    base = user_path("XDG_DATA_HOME", told) if told else home_folder("give --data-dir") / ".local" / "share"
     plain = re.sub(r"[^A-Za-z0-9._-]+", "--", name).strip("-.")
     if len(plain) > _LONGEST_NAME:
         plain = f"{plain[:_LONGEST_NAME]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:12]}"
-    return Path(base) / "shardit" / plain
+    return base / "shardit" / plain

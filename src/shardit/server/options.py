@@ -16,7 +16,7 @@ from shardit.language.options import LanguageOptions
 from shardit.loading.dtypes import Setting
 from shardit.settings.checks import NAME, number, whole
 from shardit.settings.declare import Flag, declare
-from shardit.settings.model_options import ModelOptions
+from shardit.settings.model_options import ModelOptions, described
 
 LANGUAGE = "shardit.engine.tasks.language"
 """The task of causal language models; TASK is that of pipelines."""
@@ -124,6 +124,14 @@ class ServeOptions:
     def name(self) -> str:
         """The model's name for clients."""
         return self.served_model_name or self.model
+
+    @property
+    def served(self) -> tuple[str, str]:
+        """The model, a folder by its whole path, and the options that change its results, in one line."""
+        folder = Path(self.model).expanduser()
+        numbers = {"dtype": self.dtype, "attention_backend": self.attention_backend}
+        words = [described(self.loading), *(f"{name} {value}" for name, value in numbers.items() if value)]
+        return str(folder.resolve()) if folder.is_dir() else self.model, ", ".join(filter(None, words))
 
 
 def _origin(text: str) -> str:

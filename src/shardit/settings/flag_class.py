@@ -15,6 +15,7 @@ from typer.core import TyperCommand
 
 from shardit.errors import InputError
 from shardit.settings.declare import Flag, declared
+from shardit.settings.paths import NO_HOME
 
 
 def flag_class(cls: type, *, only: Collection[str] = (), unset: bool = False, default_from: str = "") -> Any:
@@ -85,10 +86,13 @@ class Once(TyperCommand):
 
 
 def _path(text: str) -> Path:
-    """Return a path of the command line: an empty one would be the current folder."""
+    """Return a path of the command line, with ~ expanded; an empty one would be the current folder."""
     if not text:
         raise BadParameter("it is empty; name a file or a folder")
-    return Path(text)
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise BadParameter(f"{text}: {NO_HOME}") from None
 
 
 def _spelt(name: str) -> str:

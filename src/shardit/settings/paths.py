@@ -19,9 +19,21 @@ def user_path(what: str, value: str | os.PathLike[str]) -> Path:
     try:
         path = Path(value).expanduser()
     except RuntimeError:
-        raise InputError(f"{what} {os.fspath(value)}: there is no user of that name; write the whole path") from None
+        raise InputError(f"{what} {os.fspath(value)}: {NO_HOME}") from None
     check_name(what, path)
     return path
+
+
+NO_HOME = "there is no user of that name, or none with a home folder; write the whole path"
+"""An error for a path with ~."""
+
+
+def home_folder(advice: str) -> Path:
+    """Return the user's home folder. Raises InputError if there is none, as in some containers; `advice` ends it."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        raise InputError(f"this user has no home folder, and HOME is not set; {advice}") from None
 
 
 def check_name(what: str, path: str | os.PathLike[str]) -> None:

@@ -9,17 +9,17 @@ from functools import lru_cache
 from pathlib import Path
 
 from shardit.errors import InputError
-from shardit.settings.paths import check_name
+from shardit.settings.paths import home_folder, user_path
 
 PREFIX = "tiny/"
 
 
 def cache_root() -> Path:
-    """$SHARDIT_CACHE, or ~/.cache/shardit."""
+    """Return $SHARDIT_CACHE, or ~/.cache/shardit. Raises InputError."""
     told = os.environ.get("SHARDIT_CACHE")
     if told:
-        check_name("SHARDIT_CACHE", told)
-    return Path(told or Path.home() / ".cache" / "shardit")
+        return user_path("SHARDIT_CACHE", told)
+    return home_folder("name a folder in SHARDIT_CACHE") / ".cache" / "shardit"
 
 
 def cached_folder(name: str) -> Path:

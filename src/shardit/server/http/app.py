@@ -71,7 +71,7 @@ def create_app(options: ServeOptions, store: Store, live_state: LiveState) -> Fa
             CORSMiddleware,
             allow_origins=list(options.cors_origins),
             allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "Prefer"],
+            allow_headers=["*"],  # OpenAI's clients add some of their own
             expose_headers=[
                 "Location",
                 "Retry-After",
@@ -79,6 +79,7 @@ def create_app(options: ServeOptions, store: Store, live_state: LiveState) -> Fa
                 "X-Shardit-Job",
                 "X-Shardit-Notes",
                 "X-Shardit-Seed",
+                "openai-poll-after-ms",
             ],
         )
     return app

@@ -90,6 +90,7 @@ def _config(app: FastAPI) -> uvicorn.Config:
         access_log=False,
         log_level="warning",
         lifespan="off",
+        workers=1,  # otherwise uvicorn reads WEB_CONCURRENCY, which concerns other servers
         server_header=False,
         timeout_graceful_shutdown=_GRACE_S,
         timeout_keep_alive=30,

@@ -28,7 +28,10 @@ def known(db: Database, new: NewJob) -> Job | None:
         return None
     row = db.one("SELECT * FROM jobs WHERE idempotency_key=? AND owner IS ?", new.idempotency_key, new.owner)
     if row is not None and row["fingerprint"] != new.fingerprint:
-        raise Conflict(f"the idempotency key {new.idempotency_key!r} was used for another request; use a new one")
+        raise Conflict(
+            f"the idempotency key {new.idempotency_key!r} was used for another request, or with another model or "
+            "other options of the model; use a new one"
+        )
     return None if row is None else job_of(row)
 
 

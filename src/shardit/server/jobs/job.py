@@ -39,7 +39,7 @@ class NewJob:
     """A client waits on its connection for the result: without it the job is cancelled."""
     idempotency_key: str | None = None
     fingerprint: str = ""
-    """Digest of the request; distinguishes a repeated idempotency key from a misused one."""
+    """Digest of the request and of what makes it; distinguishes a repeated idempotency key from a misused one."""
     id: str = ""
     """Its id, for a sender that follows it from the beginning."""
 

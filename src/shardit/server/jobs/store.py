@@ -249,6 +249,15 @@ class Store:
         assert row is not None
         return row[0]
 
+    def to_run(self) -> int:
+        """Return the number of open jobs that a start continues: those that it drops or cancels are left out."""
+        row = self._db.one(
+            "SELECT COUNT(*) FROM jobs WHERE state IN ('queued', 'in_progress')"
+            " AND waits=0 AND kind<>'text' AND cancel_requested=0"
+        )
+        assert row is not None
+        return row[0]
+
     def without_owner(self) -> int:
         """Return the number of open jobs that were sent without a key."""
         row = self._db.one("SELECT COUNT(*) FROM jobs WHERE owner IS NULL AND state IN ('queued', 'in_progress')")

@@ -11,7 +11,6 @@ import sqlite3
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from shardit.engine.process.failure import Failure
@@ -30,7 +29,6 @@ from shardit.server.process.forced_exit import ForcedExit, exit_code
 from shardit.server.supervisor.dispatch import Dispatcher
 from shardit.server.supervisor.metrics import SupervisorMetrics
 from shardit.server.supervisor.silence_limit import TIMES_SLOWEST
-from shardit.settings.model_options import described
 
 LOAD_TIMEOUT_S = 3600.0
 _MODEL = "model"
@@ -120,14 +118,9 @@ class Supervisor:
 
     def _check_model(self) -> None:
         """Raise InputError if jobs wait for another model: they would get its images."""
-        folder, before = Path(self.options.model).expanduser(), self.store.recall(_MODEL)
-        plain = str(folder.resolve()) if folder.is_dir() else self.options.model
-        numbers = {"dtype": self.options.dtype, "attention_backend": self.options.attention_backend}
-        words = [described(self.options.loading), *(f"{name} {value}" for name, value in numbers.items() if value)]
-        changes = ", ".join(filter(None, words))
+        before, (plain, changes) = self.store.recall(_MODEL), self.options.served
         model = plain + (f" with {changes}" if changes else "")
-        counts = self.store.counts()
-        waiting = counts.get("queued", 0) + counts.get("in_progress", 0)
+        waiting = self.store.to_run()
         if waiting and before not in (None, model):
             what = f"the data folder {self.options.data_dir} holds {waiting} unfinished job{'s' * (waiting > 1)} of"
             if str(before).partition(" with ")[0] != plain:

@@ -53,6 +53,7 @@ class ImageJob(JobView):
 
     object: Literal["image"] = "image"
     output_format: Literal["png", "jpeg", "webp"]
+    output_compression: int | None = Field(description="Quality of jpeg and webp; null: 100.")
     data: list[ImageLink] | None = Field(description="The results; null before the end.")
 
 
@@ -122,11 +123,12 @@ class Deleted(BaseModel):
 def view(
     job: Job, *, model: str, base_url: str, position: int | None, step: StepDone | None, keep_days: float
 ) -> ImageJob | VideoJob | GenerationJob:
-    """Return the present view of a job. step: the latest known progress. position: its place in the queue."""
+    """Return the present view of a job. model: of jobs that an older version stored without a name.
+    step: the latest known progress. position: its place in the queue."""
     shown = job.view
     common = {
         "id": job.id,
-        "model": model,
+        "model": shown.get("model", model),  # a later server may serve another
         "status": job.state,
         "progress": _progress(job, step),
         "created_at": int(job.created_at),
@@ -148,7 +150,11 @@ def view(
     }
     if job.kind == "image":
         links = [ImageLink(url=f"{base_url}/v1/images/{job.id}/content/{index}") for index in range(len(job.files))]
-        return ImageJob(**common, output_format=shown.get("output_format", "png"), data=links or None)
+        look = {
+            "output_format": shown.get("output_format", "png"),
+            "output_compression": shown.get("output_compression"),
+        }
+        return ImageJob(**common, **look, data=links or None)
     if job.kind == "generation":
         base = f"{base_url}/v1/generations/{job.id}/content"
         files = [FileLink(url=f"{base}/{index}", name=name) for index, name in enumerate(job.files)]

@@ -34,6 +34,7 @@ from shardit.server.http.submit.resolve import arguments, check_look, check_mode
 from shardit.server.jobs.admission import Conflict, QueueFull
 from shardit.server.jobs.job import Job, Kind, NewJob
 from shardit.server.jobs.job_request import build_request
+from shardit.server.options import ServeOptions
 from shardit.server.unservable import unservable
 
 _LOADING_RETRY_S = 5.0
@@ -202,12 +203,17 @@ def _new_job(
         seed=seed,
         cost=estimate.seconds(work, context.store.recall(estimate.SPEED)),
         inputs=images,
-        view={**_view(request, takes, built.fps), **look_of(values), "image_field": image_field or "image"},
+        view={
+            **_view(request, takes, built.fps),
+            **look_of(values),
+            "image_field": image_field or "image",
+            "model": context.options.name,
+        },
         owner=owner,
         priority=values.get("priority", 0),
         waits=waits,
         idempotency_key=key,
-        fingerprint=_fingerprint(kind, values, images),
+        fingerprint=_fingerprint(kind, values, images, context.options),
     )
     return new, work
 
@@ -224,10 +230,10 @@ def _view(request: Mapping[str, Any], takes: PipelineSignature, fps: float) -> d
     return shown
 
 
-def _fingerprint(kind: Kind, values: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
+def _fingerprint(kind: Kind, values: Mapping[str, Any], images: Mapping[str, bytes], options: ServeOptions) -> str:
     digests = [hashlib.sha256(data).hexdigest() for data in images.values()]
     asked = {name: value for name, value in values.items() if name not in ("image", "input_reference")}
-    text = json.dumps([kind, asked, digests], sort_keys=True)
+    text = json.dumps([kind, asked, digests, options.served], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -14,6 +15,7 @@ from playwright.sync_api import Browser, Route, expect
 from shardit.diffusion.request.model_info import ModelInfo
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from tests.support.browser import Visit, real_server, visiting
+from tests.support.http_calls import LATER
 from tests.support.http_fake import Served, picture, serving
 
 
@@ -111,6 +113,33 @@ def test_use_settings_again(visit: Visit) -> None:
         expect(visit.page.locator(f"#{name}")).to_have_value(value)
     expect(visit.page.locator("#negative_prompt")).to_be_visible()
     expect(visit.page.locator("#prompt")).to_be_focused()
+
+
+def test_settings_without_a_field_are_used_again(visit: Visit, images: Served, tmp_path: Path) -> None:
+    sent = {"prompt": "from curl", "size": "48x32", "sigmas": [1.0, 0.25], "seed": 2**62 + 1}
+    look = {"output_format": "jpeg", "output_compression": 80}
+    first = images.call("POST", "/v1/images/generations", {**sent, **look}, LATER)[1]
+    (tmp_path / "start.png").write_bytes(picture())
+    visit.loaded("from curl")
+    visit.card("from curl").get_by_role("button", name="Reuse").click()
+    line = visit.page.locator("#further")
+    expect(line).to_contain_text("sigmas = [1,0.25]")
+    expect(line).to_contain_text('output_format = "jpeg", output_compression = 80')
+
+    def made(count: int) -> dict[str, Any]:
+        visit.page.get_by_role("button", name="Generate").click()
+        expect(visit.card("from curl")).to_have_count(count)
+        return images.call("GET", "/v1/images?limit=1")[1]["data"][0]
+
+    again = made(2)
+    same = ("prompt", "size", "seed", "parameters", "output_format", "output_compression")
+    assert {name: again[name] for name in same} == {name: first[name] for name in same}
+    visit.page.get_by_label("Image").set_input_files(tmp_path / "start.png")  # another way to send them
+    again = made(3)
+    assert (again["parameters"], again["input_images"]) == (first["parameters"], 1)
+    line.get_by_role("button", name="Leave them out").click()
+    expect(line).to_be_hidden()
+    assert "sigmas" not in made(4)["parameters"]
 
 
 def test_enlarge(visit: Visit) -> None:

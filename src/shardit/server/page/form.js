@@ -8,8 +8,13 @@ const fields = new Map([...form.querySelectorAll("[data-field]")].map((field) =>
 const image = form.elements.image;
 // Two ways to say one thing: typing one empties the other.
 const EITHER = [["seconds", "num_frames"]];
+// Settings that all jobs have, even if the model takes no such thing.
+const ALWAYS = new Set(["prompt", "seed", "n"]);
 // Names of the server's errors that are other than those of the fields.
 const CONCERNS = { size: "width", input_reference: "image", num_outputs_per_prompt: "n" };
+// Settings that a reused job has and the form has no field for, as [name, value]; they are sent along.
+let further = [];
+const furtherLine = document.getElementById("further");
 // Images sent from here by the job that they belong to: the server does not give them back.
 const sent = new Map();
 
@@ -89,15 +94,17 @@ function imageRequest(values, files) {
   return { path: "v1/images/generations", options: { headers, body: written(values) } };
 }
 
-/** The visible fields that are not empty, as [name, text, whether it is a number]. */
+/** The visible fields that are not empty and the further settings, as [name, text, JSON]. */
 function typed() {
-  const values = [["model", model.model, false]];
+  const values = [["model", model.model, JSON.stringify(model.model)]];
   for (const name of fields.keys()) {
-    const element = input(name);
-    const keep = name === "prompt" || element.value !== "";
-    if (shown(name) && keep && element.type !== "file") values.push([name, element.value, element.type === "number"]);
+    const { type, value } = input(name);
+    const keep = name === "prompt" || value !== "";
+    const inJson = type === "number" ? literal : JSON.stringify;
+    if (shown(name) && keep && type !== "file") values.push([name, value, inJson(value)]);
   }
-  return values;
+  const text = (value) => (typeof value === "string" ? value : JSON.stringify(value));
+  return [...values, ...further.map(([name, value]) => [name, text(value), JSON.stringify(value)])];
 }
 
 function multipart(values, field, files) {
@@ -108,13 +115,8 @@ function multipart(values, field, files) {
 }
 
 // By hand, because a seed may have more digits than a number of JavaScript holds.
-function written(values) {
-  const literal = (text) => (/^(0|[1-9]\d*)$/.test(text) ? text : String(Number(text)));
-  const entries = values.map(([name, text, isNumber]) => {
-    return `${JSON.stringify(name)}:${isNumber ? literal(text) : JSON.stringify(text)}`;
-  });
-  return `{${entries.join(",")}}`;
-}
+const literal = (text) => (/^(0|[1-9]\d*)$/.test(text) ? text : String(Number(text)));
+const written = (values) => `{${values.map(([name, , value]) => `${JSON.stringify(name)}:${value}`).join(",")}}`;
 
 // What the browser itself can tell, in its own words.
 function check() {
@@ -169,9 +171,18 @@ function refill(settings) {
   for (const name of fields.keys()) {
     if (name !== "image") input(name).value = settings[name] ?? "";
   }
+  const holds = (name) => ALWAYS.has(name) || (fields.has(name) && shown(name));
+  goAlong(Object.entries(settings).filter(([name, value]) => value != null && !holds(name)));
   form.dispatchEvent(new Event("input")); // as if it had been typed
   document.getElementById("more").open = inMore().some((name) => shown(name) && input(name).value !== "");
   form.elements.prompt.focus();
+}
+
+function goAlong(settings) {
+  further = settings;
+  furtherLine.hidden = further.length === 0;
+  const words = further.map(([name, value]) => `${name} = ${JSON.stringify(value)}`);
+  furtherLine.querySelector("span").textContent = words.join(", ");
 }
 
 // `files` as if they had been chosen; nothing without any.
@@ -208,6 +219,11 @@ for (const name of ["dragenter", "dragover", "dragleave", "drop"]) {
     if (name === "drop") choose(...event.dataTransfer.files);
   });
 }
+furtherLine.querySelector("button").addEventListener("click", () => {
+  goAlong([]);
+  form.dispatchEvent(new Event("input"));
+  form.elements.prompt.focus();
+});
 document.getElementById("reset").addEventListener("click", () => {
   refill({ prompt: form.elements.prompt.value });
   choose();

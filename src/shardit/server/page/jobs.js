@@ -19,9 +19,11 @@ export function filesOf(job) {
   }));
 }
 
-/** The settings of a job under the names of the form's fields. */
+/** The settings of a job under the names of a request's fields. */
 export function settingsOf(job) {
-  return { ...job.parameters, prompt: job.prompt, seed: job.seed, n: job.parameters.num_outputs_per_prompt };
+  const { num_outputs_per_prompt: n, ...others } = job.parameters;
+  const { output_format: format, output_compression } = job; // of images
+  return { ...others, output_format: format === "png" ? null : format, output_compression, prompt: job.prompt, seed: job.seed, n };
 }
 
 /** One line on a job that has ended. */

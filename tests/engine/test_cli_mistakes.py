@@ -38,6 +38,12 @@ def refused(capsys, *arguments):
     return err
 
 
+def test_paths_of_flags_have_homes(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "nothing"))
+    err = refused(capsys, "generate", "--from-file=~/x.png")
+    assert f"{tmp_path}/nothing/x.png" in err
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -68,6 +74,8 @@ def test_homes_of_unknown_users(capsys):
     for flags in (
         ["generate", "--prompt", "x", "--model", "~nobody-here/x"],
         ["complete", "~nobody-here", "--prompt=x"],
+        ["generate", "--prompt=x", "--output=~nobody-here/x.png"],
+        ["serve", "tiny/flux", "--data-dir=~nobody-here/x"],
     ):
         assert "no user of that name" in refused(capsys, *flags)
 

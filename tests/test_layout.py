@@ -233,8 +233,8 @@ BUDGET = {
     "loading": 1425,
     "models": 930,
     "parallel": 5221,
-    "server": 5315,
-    "settings": 450,
+    "server": 5318,
+    "settings": 458,
     "training": 4269,
 }
 """Lines of code of each folder, as `make size` counts them; a number is raised on purpose, or not at all."""

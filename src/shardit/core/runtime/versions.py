@@ -25,6 +25,11 @@ def check_unchanged(inputs: Inputs, rank: int) -> None:
         raise RankError(rank, f"an argument was changed in place while its call was in flight: {remedy}")
 
 
+def writes(tensors: Iterable[torch.Tensor]) -> int:
+    """Return how many in-place writes to the tensors torch has counted, in all."""
+    return sum(tensor._version for tensor in tensors if not tensor.is_inference())
+
+
 def mark(tensor: torch.Tensor | None) -> Any:
     """Return a mark for `changed`: the tensor's version, or a copy if versions are not counted."""
     if tensor is None:

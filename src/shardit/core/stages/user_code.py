@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class UserCode:
-    """Of one model, before a call of it, or of its pipeline.
+    """Whether there are any in one model, found before each call of it, or of its pipeline.
 
     runs: hooks or attention processors of users run in its forward. adapted: it has adapters, with scales of their own.
     """

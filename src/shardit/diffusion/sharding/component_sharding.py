@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from shardit.core.placement.assignment import Assignment
 from shardit.core.runtime.digests import short_hash
 from shardit.core.runtime.randomness import dropout_in_training
 from shardit.core.runtime.thread_state import refuse_profiler
+from shardit.core.runtime.versions import writes
 from shardit.core.stages.runtime import Runtime
 from shardit.diffusion.class_homes import MODELS
 from shardit.diffusion.family import LIBRARIES
@@ -41,8 +41,6 @@ SAFE_METHODS = ("fuse_qkv_projections", "unfuse_qkv_projections", "_apply")
 ORDERED = (list, tuple, dict)
 """Collections of settings whose `repr` is equal on every rank."""
 
-
-_version = operator.attrgetter("_version")
 
 _PARENTS: WeakKeyDictionary[nn.Module, tuple[str, bool]] = WeakKeyDictionary()
 """For each module inside a sharded component: the title of the component, and whether every rank has all of the
@@ -108,11 +106,9 @@ class ComponentSharding:
         self._methods = _own_methods(self.module)
         self._adapters = AdapterScales(self.module) if self.denoises else None
         self._slices = slices_of(self.module, self.slices) if self.slices is not None else []
-        self._weights = [part for part in self.module.parameters() if not part.is_inference()]
-        self._written, self._foreign = (
-            sum(map(_version, self._weights)),
-            self._fingerprint.processors_outside(LIBRARIES.own),
-        )
+        self._weights = list(self.module.parameters())
+        self._written = writes(self._weights)
+        self._foreign = self._fingerprint.processors_outside(LIBRARIES.own)
         found = (getattr(self.module, name, None) for name in ("shardit_stages", "shardit_overlap"))
         self._calls = [calls for calls in found if calls is not None]
 
@@ -143,7 +139,7 @@ class ComponentSharding:
         Within a pipeline nobody does."""
         if not self.runtime.watches:
             return
-        before, self._written = self._written, sum(map(_version, self._weights))
+        before, self._written = self._written, writes(self._weights)
         if before != self._written and self.runtime.schedule.active:
             raise UnsupportedError(
                 f"weights of {self.title} were changed in place while a call of it is in flight: use the result of the "

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import shardit
@@ -89,6 +90,22 @@ def forward_us(kind: str, options: dict[str, Any] | None, runs: int) -> float:
     return statistics.median(found) * 1e6
 
 
+def message_us(method: str, rank: int, count: int = 2000) -> float:
+    """Return the CPU time of torch and gloo alone for one message: its send, its receive and the waits for both, as two
+    ranks exchange one of a hop's size."""
+    dist.init_process_group("gloo", init_method=method, rank=rank, world_size=2)
+    sent, received = (torch.zeros(TOKENS * WIDTH * 4, dtype=torch.uint8) for _ in range(2))
+    group, found = dist.group.WORLD, []
+    assert group is not None
+    for _ in range(count):
+        start = time.thread_time()
+        works = group.recv([received], 1 - rank, 0), group.send([sent], 1 - rank, 0)
+        for work in works:
+            work.wait()
+        found.append(time.thread_time() - start)
+    return statistics.median(found) * 1e6
+
+
 def turn_us(count: int = 2000) -> float:
     """Return the CPU time of one turn of a program that only gives up its turns."""
     loop = RequestLoop(Schedule(0))
@@ -112,6 +129,8 @@ def measure(runs: int) -> dict[str, float]:
     with Ranks(1) as ranks:
         plain = {kind: ranks.call("host_us", kind, None, runs)[0] for kind in KINDS}
         turn = ranks.call("turn_us")[0]
+    with Ranks(2) as ranks:
+        message = statistics.mean(ranks.call("message_us"))
     most = BLOCKS - 1
     first, last = (on_two("scale", pipeline_parallel_size=2, layer_partition=cut) for cut in ([most, 1], [1, most]))
     block = plain["scale"] / BLOCKS
@@ -126,6 +145,7 @@ def measure(runs: int) -> dict[str, float]:
         "own_block_us": own - block,
         "placeholder_us": placeholder,
         "hop_us": hop,
+        "message_us": message,
         "turn_us": turn,
         "exchange_us": (max(on_two("attend", ulysses_degree=2)) - plain["attend"]) / BLOCKS,
         "sum_us": (max(on_two("feed", tensor_parallel_size=2)) - plain["feed"]) / BLOCKS,

@@ -80,6 +80,7 @@ HOST = {
     "own_block_us": ("one's own block call, beyond plain", 15),
     "placeholder_us": ("placeholder", 5),
     "hop_us": ("hop without the wire", 120),
+    "message_us": ("  of it torch and gloo: send, receive, waits", None),
     "turn_us": ("turn of a request", None),
     "exchange_us": ("attention exchange, beyond plain", None),
     "sum_us": ("sum over tensor ranks, beyond plain", None),

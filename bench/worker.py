@@ -50,6 +50,10 @@ class Worker:
             dist.init_process_group("gloo", init_method=self.method, rank=self.rank, world_size=self.count)
         return host.forward_us(kind, options, runs)
 
+    def message_us(self) -> float:
+        """Measure the host time of a bare message; see `bench.host`."""
+        return host.message_us(self.method, self.rank)
+
     def turn_us(self) -> float:
         """Measure the host time of a turn; see `bench.host`."""
         return host.turn_us()

@@ -231,10 +231,10 @@ class Flagged(nn.Module):
 
 
 class FlaggedModel(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, block: type[nn.Module]) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.blocks = nn.ModuleList([FlaggedBlock() for _ in range(2)])
+        self.blocks = nn.ModuleList([block() for _ in range(2)])
 
     def forward(self, hidden_states: torch.Tensor, flags: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
@@ -251,17 +251,26 @@ class FlaggedBlock(nn.Module):
         return hidden_states.cumsum(1) / 10 + self.part(hidden_states, flags)
 
 
+class FlaggedTokens(Flagged):
+    """A block that computes token by token unless all flags are zero."""
+
+    def forward(self, hidden_states: torch.Tensor, flags: torch.Tensor) -> torch.Tensor:
+        summed = hidden_states.cumsum(1)
+        return self.linear(torch.where(flags.any(), hidden_states, summed))[..., :WIDTH]
+
+
 def flagged(rank: int, count: int, method: str) -> None:
     """The noise of the trial sets all flags, so that it alone would not show what they hide."""
     join(rank, count, method)
-    plain, other = FlaggedModel(), over(FlaggedModel(), WAYS[0])
-    for flags in (torch.zeros(1, 9), torch.ones(1, 9)):
-        with torch.no_grad():
-            expected, got = plain(tokens(9), flags), other(tokens(9), flags)
-            materialize(got)
-        assert distance(expected, got) <= CLOSE
-    (found,) = other.shardit_sequence.partitioned
-    assert list(found.rows) == ["part.linear"]
+    for block, partitioned in ((FlaggedBlock, "part.linear"), (FlaggedTokens, "linear")):
+        plain, other = FlaggedModel(block), over(FlaggedModel(block), WAYS[0])
+        for flags in (torch.zeros(1, 9), torch.ones(1, 9)):
+            with torch.no_grad():
+                expected, got = plain(tokens(9), flags), other(tokens(9), flags)
+                materialize(got)
+            assert distance(expected, got) <= CLOSE
+        (found,) = other.shardit_sequence.partitioned
+        assert list(found.rows) == [partitioned]
 
 
 def test_flags_that_noise_sets() -> None:

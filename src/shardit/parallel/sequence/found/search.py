@@ -1,13 +1,14 @@
 """Finds the sharding of a kind of block call: candidates are tried against the whole block, on all ranks at once.
 
-A candidate passes if it computes the same as the whole block. Arguments get noise, so that no candidate passes by
-chance (masks that hide nothing, text that is all padding).
+A candidate passes if it computes the same as the whole block, twice: from arguments with noise, so that none passes by
+chance (masks that hide nothing, text that is all padding), and from the arguments as they are, because noise also sets
+flags that are numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -69,20 +70,20 @@ def find_plan(
     Returns None if the streams are shorter than the number of ranks, so that every rank runs the block whole. Raises
     UnsupportedError if no candidate gives the result of the whole block, or the block writes to its arguments.
     """
-    leaves = disturbed(leaves)
+    cases = [_Case.of(name, call, given, spec) for given in (disturbed(leaves), leaves)]
     shapes = shapes_of(leaves)
-    kept = [leaf.clone() if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
-    out, left = _call(call, leaves, spec)
-    expected, out_spec = tree_flatten(out)
-    if any(k is not None and not same(k, leaf) for k, leaf in zip(kept, leaves, strict=True)):
-        raise NoShardingFound(f"{name} writes to its arguments: {REMEDY}")
-    found = candidates(shapes, shapes_of(expected))
+    found = candidates(shapes, shapes_of(cases[0].expected))
     if found and max(found[0].totals(shapes)) < attention.sp.size:
         return None
     failures: list[Exception] = []
     for candidate in found:
-        attempt = _Attempt(attention, candidate, candidate.totals(shapes), expected, out_spec, left, failures)
-        plan = attempt.run(call, leaves, spec)
+        plan: BlockPlan | None = None
+        for case in cases:
+            attempt = _Attempt(attention, candidate, candidate.totals(shapes), case, failures)
+            before, plan = plan, attempt.run(call, spec)
+            if plan is None:
+                break
+            plan = replace(plan, by_values=plan.by_values or (before is not None and before.by_values))
         if plan is not None:
             return plan
     why = f"; {failures[0]}" if failures and isinstance(failures[0], UnsupportedError) else ""
@@ -96,21 +97,38 @@ def find_plan(
 
 
 @dataclass
+class _Case:
+    """What the whole block makes of some argument leaves. left: on its modules."""
+
+    leaves: list[Any]
+    expected: list[Any]
+    out_spec: Any
+    left: list[torch.Tensor]
+
+    @classmethod
+    def of(cls, name: str, call: Callable[..., Any], leaves: list[Any], spec: Any) -> _Case:
+        """Run the block. Raises NoShardingFound if it writes to its arguments."""
+        kept = [leaf.clone() if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
+        out, left = _call(call, leaves, spec)
+        if any(k is not None and not same(k, leaf) for k, leaf in zip(kept, leaves, strict=True)):
+            raise NoShardingFound(f"{name} writes to its arguments: {REMEDY}")
+        return cls(leaves, *tree_flatten(out), left)
+
+
+@dataclass
 class _Attempt:
     attention: SequenceAttention
     candidate: Candidate
     totals: tuple[int, ...]
-    expected: list[Any]
-    out_spec: Any
-    left: list[torch.Tensor]
+    case: _Case
     failures: list[Exception]
 
-    def run(self, call: Callable[..., Any], leaves: list[Any], spec: Any) -> BlockPlan | None:
+    def run(self, call: Callable[..., Any], spec: Any) -> BlockPlan | None:
         """Return the plan, if this candidate is right on every rank."""
         sp = self.attention.sp
         shards = [
             leaf if split is None else cut(leaf, split, self.totals, sp.index, sp.size).clone()
-            for leaf, split in zip(leaves, self.candidate.splits, strict=True)
+            for leaf, split in zip(self.case.leaves, self.candidate.splits, strict=True)
         ]
         dataflow = Dataflow(s for s, split in zip(shards, self.candidate.splits, strict=True) if split is not None)
         block = BlockAttention(self.attention, [], dataflow=dataflow)
@@ -120,7 +138,7 @@ class _Attempt:
         if outs is None or splits is None:
             return None
         wholes = [self._whole(out, split) for out, split in zip(outs, splits, strict=True)]
-        right = all(close(x, y) for x, y in zip(self.expected, wholes, strict=True))
+        right = all(close(x, y) for x, y in zip(self.case.expected, wholes, strict=True))
         counted = count.total + block.multiplications
         gathered = agree(self.attention, [int(right), int(block.by_values), counted])
         if not all(codes[0] for codes in gathered):
@@ -141,9 +159,9 @@ class _Attempt:
             with attention_goes_to(block), HostReads(block.dataflow.decides), block.dataflow, count:
                 out, left = _call(call, shards, spec)
             outs, out_spec = tree_flatten(out)
-            if not same_left(self.left, left):
+            if not same_left(self.case.left, left):
                 raise UnsupportedError("what it leaves on its modules is another thing on shards")
-            code = DONE if out_spec == self.out_spec and len(outs) == len(self.expected) else FAILED
+            code = DONE if out_spec == self.case.out_spec and len(outs) == len(self.case.expected) else FAILED
         except OutOfStep:
             return None
         except (RankError, MemoryError, torch.OutOfMemoryError):
@@ -157,7 +175,7 @@ class _Attempt:
         """Return for each output leaf the first split of its shape that is right on every rank."""
         sp = self.attention.sp
         chosen: list[Split | None] = []
-        for full, shard in zip(shapes_of(self.expected), shapes_of(outs), strict=True):
+        for full, shard in zip(shapes_of(self.case.expected), shapes_of(outs), strict=True):
             options = [None] if full is None else out_options(full, self.totals)
             fits = [shard == (full and local_shape(full, o, self.totals, sp.index, sp.size)) for o in options]
             gathered = agree(self.attention, [int(fit) for fit in fits])

@@ -32,7 +32,7 @@ class BlockAttention:
     sharded[n]: whether queries and whether keys of attention call n are sharded; found if `dataflow` is given. layouts:
     of the calls with sharded keys; None = not known for these sizes yet, so ranks exchange their lengths. by_values:
     whether values were read before such a call, on which its lengths may depend; found if `dataflow` is given.
-    multiplications: of all calls so far,.
+    multiplications: of all calls so far. noisy: whether masks have noise, which hides some tokens if it is a mask.
     """
 
     attention: SequenceAttention
@@ -42,6 +42,7 @@ class BlockAttention:
     new_layouts: list[AttentionLayout] = field(default_factory=list)
     by_values: bool = False
     multiplications: int = 0
+    noisy: bool = False
     _calls: int = 0
     _sharded_calls: int = 0
 
@@ -88,7 +89,7 @@ class BlockAttention:
         if any(code != ATTENDING for code, *_ in gathered):
             raise OutOfStep
         layout = _layout_of(gathered)
-        if layout.valid_tokens and self.dataflow is not None:  # a trial, whose masks have noise
+        if layout.valid_tokens and self.noisy:
             self._check_valid_tokens(call, layout)
         self.new_layouts.append(layout)
         return layout

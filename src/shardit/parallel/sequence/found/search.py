@@ -70,7 +70,7 @@ def find_plan(
     Returns None if the streams are shorter than the number of ranks, so that every rank runs the block whole. Raises
     UnsupportedError if no candidate gives the result of the whole block, or the block writes to its arguments.
     """
-    cases = [_Case.of(name, call, given, spec) for given in (disturbed(leaves), leaves)]
+    cases = [_Case.of(name, call, *given, spec) for given in ((disturbed(leaves), True), (leaves, False))]
     shapes = shapes_of(leaves)
     found = candidates(shapes, shapes_of(cases[0].expected))
     if found and max(found[0].totals(shapes)) < attention.sp.size:
@@ -98,21 +98,22 @@ def find_plan(
 
 @dataclass
 class _Case:
-    """What the whole block makes of some argument leaves. left: on its modules."""
+    """What the whole block makes of some argument leaves. left: on its modules. noisy: whether they have noise."""
 
     leaves: list[Any]
+    noisy: bool
     expected: list[Any]
     out_spec: Any
     left: list[torch.Tensor]
 
     @classmethod
-    def of(cls, name: str, call: Callable[..., Any], leaves: list[Any], spec: Any) -> _Case:
+    def of(cls, name: str, call: Callable[..., Any], leaves: list[Any], noisy: bool, spec: Any) -> _Case:
         """Run the block. Raises NoShardingFound if it writes to its arguments."""
         kept = [leaf.clone() if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
         out, left = _call(call, leaves, spec)
         if any(k is not None and not same(k, leaf) for k, leaf in zip(kept, leaves, strict=True)):
             raise NoShardingFound(f"{name} writes to its arguments: {REMEDY}")
-        return cls(leaves, *tree_flatten(out), left)
+        return cls(leaves, noisy, *tree_flatten(out), left)
 
 
 @dataclass
@@ -131,7 +132,7 @@ class _Attempt:
             for leaf, split in zip(self.case.leaves, self.candidate.splits, strict=True)
         ]
         dataflow = Dataflow(s for s, split in zip(shards, self.candidate.splits, strict=True) if split is not None)
-        block = BlockAttention(self.attention, [], dataflow=dataflow)
+        block = BlockAttention(self.attention, [], dataflow=dataflow, noisy=self.case.noisy)
         count = Multiplications()
         outs = self._outputs(block, count, call, shards, spec)
         splits = None if outs is None else self._out_splits(outs)

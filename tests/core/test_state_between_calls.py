@@ -84,6 +84,14 @@ def written(model: Any) -> list[Any]:
     return [out.clone() for out in outs]
 
 
+def kept(model: Any) -> list[Any]:
+    """A hook that keeps copies of arguments, as scripts that log do; a tensor of one element may have a stride of 0."""
+    calls: list[torch.Tensor] = []
+    model.register_forward_pre_hook(lambda module, args: calls.extend(arg.clone() for arg in args))
+    with torch.no_grad():
+        return [model(torch.tensor(step + 0.5).expand(1, 8), torch.tensor(0.9 - step).expand(1)) for step in range(2)]
+
+
 def numbers(model: Any) -> list[Any]:
     with torch.no_grad():
         return [model(torch.ones(1, 8), sigma) for sigma in (1.0, 0.9, 0.3, 1.0, 0.9)]
@@ -101,7 +109,7 @@ def related(model: Any) -> list[Any]:
         return [model(x, shared=shared)[0] for shared in (False, True, False)]
 
 
-PROGRAMS = {program.__name__: program for program in (hooked, adapted, written, numbers, flags, related)}
+PROGRAMS = {program.__name__: program for program in (hooked, adapted, written, kept, numbers, flags, related)}
 
 
 def _on_ranks(rank: int, count: int, method: str, name: str) -> Any:

@@ -275,7 +275,10 @@ def _advice(text: str) -> str:
     if "closed by peer" in text or "reset by peer" in text:
         return "; another rank has failed or ended, see its own error"
     if "imed out" in text:
-        return "; another rank waits elsewhere: all ranks have to make the same calls, also in callbacks and hooks"
+        return (
+            "; another rank waits elsewhere: all ranks have to make the same calls and use their results, also in "
+            "callbacks and hooks"
+        )
     return ""
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from shardit.core.plans.local_plan import LocalPlan
+from shardit.core.runtime.versions import value_bytes
 
 MAX_SIGNATURES = 64
 """Number of plans kept per transformer; the least recently used one is dropped first."""
@@ -72,5 +73,5 @@ class KnownPlans:
         for q in self.deciding[key]:
             leaf = leaves[q]
             tensor = leaf if isinstance(leaf, torch.Tensor) else torch.tensor(leaf, dtype=torch.float64)
-            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(value_bytes(tensor).cpu().numpy().tobytes())
         return digest.digest()

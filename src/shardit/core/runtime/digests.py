@@ -18,6 +18,7 @@ import torch
 
 from shardit.core.runtime.pending import materialize
 from shardit.core.runtime.randomness import is_generator, state_in
+from shardit.core.runtime.versions import value_bytes
 
 SAMPLES = 4096
 """Number of words of a larger tensor that enter the checksum by position; all others only by their sum."""
@@ -107,8 +108,7 @@ def checksum(tensor: torch.Tensor, summed: int | None = None) -> bytes:
     if tensor.is_meta or tensor.layout is not torch.strided or not tensor.numel():
         return b""
     with torch.no_grad():
-        tensor = tensor.detach().resolve_conj().resolve_neg()
-        raw = tensor.contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+        raw = value_bytes(tensor)
         tail = raw.numel() % 8
         words = raw[: raw.numel() - tail]
         if words.data_ptr() % 8 or words.storage_offset() % 8:

@@ -1,4 +1,4 @@
-"""Detects in-place writes by tensor version counters."""
+"""Detects in-place writes by tensor version counters, or by values."""
 
 from __future__ import annotations
 
@@ -40,5 +40,12 @@ def mark(tensor: torch.Tensor | None) -> Any:
 def changed(tensor: torch.Tensor, mark: Any) -> bool:
     """Return whether a tensor was written to since it was marked."""
     if isinstance(mark, torch.Tensor):
-        return not torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (tensor, mark)))
+        return not torch.equal(value_bytes(tensor), value_bytes(mark))
     return tensor._version != mark
+
+
+def value_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the values of a strided tensor as flat bytes, over its own memory if that is dense."""
+    tensor = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    # A dimension of one element may have any stride in a contiguous tensor, such as 0; a view as bytes needs 1.
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)

@@ -31,6 +31,7 @@ from shardit.core.plans.local_plan import LocalPlan
 from shardit.core.plans.traced_call import TracedCall
 from shardit.core.runtime.flat_call import FlatCall
 from shardit.core.runtime.randomness import States, generators_kept, moved, set_states, states
+from shardit.core.runtime.versions import value_bytes
 from shardit.core.stages.runtime import Runtime
 from shardit.core.stages.staged_call import StagedCall
 from shardit.errors import UnsupportedError
@@ -252,4 +253,4 @@ def _equal(x: Any, y: Any) -> bool:
         return not isinstance(y, torch.Tensor)
     if x.shape != y.shape or x.dtype != y.dtype:
         return False
-    return torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8)) if x.ndim else x.equal(y)
+    return torch.equal(value_bytes(x), value_bytes(y))

@@ -7,8 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
+from shardit.core.runtime.versions import value_bytes
 from shardit.core.training.schedules import Schedules
 
 MAX_CONTENTS = 1024
@@ -45,5 +44,5 @@ class KnownCourses:
     def _contents(self, key: Any, leaves: Sequence[Any]) -> bytes:
         digest = hashlib.blake2b(digest_size=16)
         for number in self.deciding.get(key, ()):
-            digest.update(leaves[number].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(value_bytes(leaves[number]).cpu().numpy().tobytes())
         return digest.digest()

@@ -12,6 +12,7 @@ from torch import nn
 
 from shardit.core.runtime.digests import checksum
 from shardit.core.runtime.randomness import is_generator, set_state, state_in
+from shardit.core.runtime.versions import value_bytes
 from shardit.errors import UnsupportedError
 
 MAX_COPIED, MAX_COPIED_PARAMETER = 2**22, 64
@@ -71,14 +72,14 @@ def differs(before: Content, after: Content) -> bool:
     if one is None or other is None:
         return False
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return one.shape != other.shape or one.dtype != other.dtype or not torch.equal(_bits(one), _bits(other))
+        return (
+            one.shape != other.shape
+            or one.dtype != other.dtype
+            or not torch.equal(value_bytes(one), value_bytes(other))
+        )
     if isinstance(one, numpy.ndarray):
         return not numpy.array_equal(one, other, equal_nan=one.dtype.kind in "fc")
     return not _same_state(one, other)
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _same_state(one: Any, other: Any) -> bool:

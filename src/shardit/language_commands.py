@@ -75,7 +75,10 @@ def _opened(flags: LanguageFlags) -> LLM:
     from shardit import LLM
 
     _say(f"loading {flags.model} ...", sys.stderr.isatty())
-    return LLM(**flags.llm_arguments())
+    llm = LLM(**flags.llm_arguments())
+    for note in llm.notes:
+        _say(f"note: {note}", True)
+    return llm
 
 
 def _recommended(llm: LLM) -> dict[str, Any]:

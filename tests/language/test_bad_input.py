@@ -324,9 +324,26 @@ def test_an_adapter_beside_the_model(tmp_path: Path) -> None:
     refused("has no adapter_model.safetensors", shardit.load, tmp_path, lora=str(tmp_path))
 
 
-def test_values_of_the_generation_config_that_are_not_applied(tmp_path: Path) -> None:
+def test_values_of_the_generation_config_that_are_not_applied(tmp_path: Path, capsys: Any) -> None:
+    note = "generation_config.json asks for no_repeat_ngram_size, which is not applied"
     with LLM(write(tmp_path, no_repeat_ngram_size=2), device="cpu", timeout_s=60) as llm:
-        assert llm.notes == ["generation_config.json asks for no_repeat_ngram_size, which is not applied"]
+        assert llm.notes == [note]
+    assert main(["complete", str(tmp_path), "--prompt=a", "--max-tokens=1"]) == 0
+    assert f"note: {note}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"num_attention_heads": "4"}, "'num_attention_heads': TypeError: Field 'num_attention_heads' expected int"),
+        ({"num_attention_heads": 7}, "hidden size .* is not a multiple of the number of attention heads"),
+        ({"num_attention_heads": 0}, "division by zero|modulo by zero"),
+    ],
+)
+def test_a_configuration_that_transformers_refuses(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+    config = write(tmp_path) / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
+    refused(f"cannot build the model of .* from its configuration: .*({says})", shardit.load, tmp_path)
 
 
 def test_a_model_that_is_no_name() -> None:

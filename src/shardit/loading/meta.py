@@ -10,9 +10,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from shardit.errors import InputError, UnsupportedError, first_filled_line
+from shardit.errors import InputError, UnsupportedError, first_line
 from shardit.loading.several import class_in, folders_of, is_several
 
 if TYPE_CHECKING:
@@ -188,6 +188,5 @@ def _one_line(folder: str | os.PathLike) -> Iterator[None]:
         yield
     except (InputError, MemoryError):
         raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
-        first = first_filled_line(str(cast(object, error))) or type(error).__name__
-        raise InputError(f"cannot build the model of {folder} from its configuration: {first}") from error
+    except Exception as error:  # models check their configurations by any kind, such as transformers' own validation
+        raise InputError(f"cannot build the model of {folder} from its configuration: {first_line(error)}") from error

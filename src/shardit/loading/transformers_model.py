@@ -181,8 +181,8 @@ def _generation_config(module: Any, checkpoint: Checkpoint) -> Any:
     try:
         ends = json.loads(path.read_text("utf-8")).get("eos_token_id")
         found = GenerationConfig.from_pretrained(str(checkpoint.folder))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is damaged: download or copy it again") from error
+    except Exception as error:  # no dict, or refused by transformers' own validation
+        raise InputError(f"{path} is damaged ({first_line(error)}): download or copy it again") from error
     if not all(isinstance(one, (int, type(None))) for one in (ends if isinstance(ends, list) else [ends])):
         raise InputError(f"{path}: eos_token_id must be a token id or a list of these, got {ends!r:.80}")
     return found

@@ -238,7 +238,9 @@ def _construct(cls: type[Any], source: ModelSource, passed: dict[str, Any]) -> D
     try:
         with quiet():
             pipe = cls.from_pretrained(str(source.folder), **passed)
-    except (OSError, ValueError, TypeError, ImportError) as error:
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:  # tokenizers and schedulers check their files by any kind
         reason = _broken_json(source.folder) or first_line(error)
         raise InputError(f"{cls.__name__} cannot be made from {source.folder}: {reason}") from error
     pipe.register_to_config(_name_or_path=source.name)

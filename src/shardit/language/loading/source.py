@@ -56,7 +56,7 @@ class DecoderSource:
         try:
             with quiet(), nullcontext() if self.gguf is None else parsed_once():
                 return AutoTokenizer.from_pretrained(str(self.folder), **options)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except Exception as error:  # the package `tokenizers` raises no other class for a damaged file
             path = self.folder / (self.gguf or "")
             raise InputError(f"transformers cannot read the tokenizer of {path}: {first_line(error)}") from error
 

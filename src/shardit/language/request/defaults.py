@@ -13,6 +13,7 @@ LEFT_OUT = (
     *("suppress_tokens", "begin_suppress_tokens", "sequence_bias", "forced_bos_token_id", "forced_eos_token_id"),
     *("typical_p", "epsilon_cutoff", "eta_cutoff", "top_h", "penalty_alpha", "guidance_scale", "watermarking_config"),
     *("num_beams", "min_length", "min_new_tokens", "exponential_decay_length_penalty", "stop_strings", "dola_layers"),
+    "max_time",
 )
 """Values of generation configurations that change texts, and that continuous batches do not apply."""
 

@@ -232,7 +232,7 @@ BUDGET = {
     "language": 2800,
     "loading": 1425,
     "models": 930,
-    "parallel": 5221,
+    "parallel": 5234,
     "server": 5318,
     "settings": 458,
     "training": 4269,

@@ -70,7 +70,7 @@ def find_plan(
     Returns None if the streams are shorter than the number of ranks, so that every rank runs the block whole. Raises
     UnsupportedError if no candidate gives the result of the whole block, or the block writes to its arguments.
     """
-    cases = [_Case.of(name, call, *given, spec) for given in ((disturbed(leaves), True), (leaves, False))]
+    cases = [_WholeCall.of(name, call, *given, spec) for given in ((disturbed(leaves), True), (leaves, False))]
     shapes = shapes_of(leaves)
     found = candidates(shapes, shapes_of(cases[0].expected))
     if found and max(found[0].totals(shapes)) < attention.sp.size:
@@ -97,7 +97,7 @@ def find_plan(
 
 
 @dataclass
-class _Case:
+class _WholeCall:
     """What the whole block makes of some argument leaves. left: on its modules. noisy: whether they have noise."""
 
     leaves: list[Any]
@@ -107,7 +107,7 @@ class _Case:
     left: list[torch.Tensor]
 
     @classmethod
-    def of(cls, name: str, call: Callable[..., Any], leaves: list[Any], noisy: bool, spec: Any) -> _Case:
+    def of(cls, name: str, call: Callable[..., Any], leaves: list[Any], noisy: bool, spec: Any) -> _WholeCall:
         """Run the block. Raises NoShardingFound if it writes to its arguments."""
         kept = [leaf.clone() if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
         out, left = _call(call, leaves, spec)
@@ -121,7 +121,7 @@ class _Attempt:
     attention: SequenceAttention
     candidate: Candidate
     totals: tuple[int, ...]
-    case: _Case
+    case: _WholeCall
     failures: list[Exception]
 
     def run(self, call: Callable[..., Any], spec: Any) -> BlockPlan | None:

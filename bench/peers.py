@@ -1,26 +1,53 @@
-"""What others offer for the same model and ranks: context parallelism of diffusers, tensor parallelism of torch.
+"""What others offer for the same model and ranks: context parallelism of diffusers, tensor parallelism of torch, xDiT.
 
-Each function changes a WanTransformer3DModel in place, on every rank of the default process group. torch is imported by
-the ranks alone.
+Packages of others are no dependencies: a peer whose packages are not installed is skipped. torch is imported by the
+ranks alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest import mock
+
+from bench.packages import missing
+from bench.xdit import use_xdit
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A way to run a WanPipeline on ranks.
+
+    apply: changes a pipeline of diffusers in place, on every rank of the default process group; all of them then make
+    the same call. modules: top-level modules beyond those of shardit; packages: what pip installs for them.
+    """
+
+    apply: Callable[[Any], None]
+    modules: tuple[str, ...] = ()
+    packages: str = ""
+
+
+def not_installed(name: str) -> str | None:
+    """Return why this one of `PEERS` cannot be measured here, and the command that changes it; None if it can."""
+    absent = missing(PEERS[name].modules)
+    if not absent:
+        return None
+    verb = "is" if len(absent) == 1 else "are"
+    return f"{', '.join(absent)} {verb} not installed: python -m pip install --no-deps {PEERS[name].packages}"
 
 
 def context_parallel(**degrees: int) -> Callable[[Any], None]:
     """`enable_parallelism` of diffusers with these degrees."""
 
-    def apply(transformer: Any) -> None:
+    def apply(pipeline: Any) -> None:
         from diffusers import ContextParallelConfig
         from diffusers.models import attention_dispatch
 
         attention_dispatch._native_attention_forward_op = _attention_with_lse  # theirs has no log-sum-exp for Ring
         with mock.patch("torch.accelerator.device_count", return_value=1):  # it divides by the number, none on a CPU
-            transformer.enable_parallelism(config=ContextParallelConfig(**degrees))
+            pipeline.transformer.enable_parallelism(config=ContextParallelConfig(**degrees))
 
     return apply
 
@@ -38,7 +65,7 @@ def _attention_with_lse(
     return out.permute(0, 2, 1, 3), lse.transpose(1, 2)
 
 
-def dtensor(transformer: Any) -> None:
+def dtensor(pipeline: Any) -> None:
     """DTensor slices as in torch's tutorial: columns in, rows out. The norms across all heads run on shards of tokens,
     which moves fewer bytes than gathering queries and keys."""
     import torch.distributed as dist
@@ -49,7 +76,7 @@ def dtensor(transformer: Any) -> None:
     columns = {"to_q": ColwiseParallel(use_local_output=False), "to_k": ColwiseParallel(use_local_output=False)}
     norms = {"norm_q": SequenceParallel(use_local_output=False), "norm_k": SequenceParallel(use_local_output=False)}
     attention = {**columns, **norms, "to_v": ColwiseParallel(), "to_out.0": RowwiseParallel()}
-    for block in transformer.blocks:
+    for block in pipeline.transformer.blocks:
         for attn in (block.attn1, block.attn2):
             parallelize_module(attn, mesh, attention)
             attn.heads //= mesh.size()
@@ -67,8 +94,12 @@ def _own_heads(mesh: Any) -> Callable[..., Any]:
     return hook
 
 
-PEERS: dict[str, Callable[[Any], None]] = {
-    "diffusers, Ulysses": context_parallel(ulysses_degree=2),
-    "diffusers, Ring": context_parallel(ring_degree=2),
-    "torch DTensor, slices": dtensor,
+XDIT = {"modules": ("xfuser", "yunchang", "einops"), "packages": "xfuser yunchang einops"}
+
+PEERS: dict[str, Peer] = {
+    "diffusers, Ulysses": Peer(context_parallel(ulysses_degree=2)),
+    "diffusers, Ring": Peer(context_parallel(ring_degree=2)),
+    "torch DTensor, slices": Peer(dtensor),
+    "xDiT, Ulysses": Peer(partial(use_xdit, ulysses=2), **XDIT),
+    "xDiT, Ring": Peer(partial(use_xdit, ring=2), **XDIT),
 }

@@ -56,7 +56,7 @@ def _speed(found: dict[str, Any]) -> list[str]:
         )
         for case in found["cases"]
     ]
-    return lines
+    return [*lines, *(f"  {name}: {why}" for name, why in found.get("skipped", {}).items())]
 
 
 def _row(name: Any, *cells: Any) -> str:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
 from bench import machine
 from bench.model import Size
-from bench.peers import PEERS
+from bench.peers import PEERS, not_installed
 from bench.ranks import Ranks
 
 RANKS = 2
 SEEDS = (1, 2, 3, 4)
+WRONG = 1e-4
+"""A peer whose latents differ more than this from those of plain diffusers (relative L2) is not timed."""
 
 
 @dataclass(frozen=True)
@@ -114,13 +117,18 @@ def measure(
     expected: dict[tuple[bool, int], Made] = {}
     with Ranks(RANKS) as ranks, Ranks(RANKS) as copies:
         copies.call("open_plain", folder)
-        chunks = {}
-        for case in cases:
-            chunks[case.session] = _open(ranks, case, folder)
         one_step = replace(size, steps=1)
-        for case in cases:  # the first calls of a signature find the plan and check it
-            ranks.call(case.command, case.session, one_step, SEEDS[: case.requests], case.guided)
-        copies.call("run_plain", one_step, SEEDS[:1], True)
+        [made, *_] = copies.call("run_plain", one_step, SEEDS[:1], True)
+        plain_step = [Made(*made["outputs"][0][1:])]
+        chunks, skipped = {}, {}
+        for case in cases:
+            why = _open_peer(ranks, case.peer, folder, one_step, plain_step) if case.peer else None
+            if why is not None:
+                skipped[case.name] = why
+                print(f"{case.name} is skipped: {why}", file=sys.stderr, flush=True)
+            elif case.peer is None:
+                chunks[case.session] = _open(ranks, case, folder, one_step)
+        cases = tuple(case for case in cases if case.name not in skipped)
         for number in range(rounds):
             seed = SEEDS[number % len(SEEDS)]
             for guided in (True, False):
@@ -142,15 +150,28 @@ def measure(
                 if (guided, seed) not in expected:
                     found = copies.call("run_plain", size, (seed,), guided, on=(0,))[0]
                     expected[(guided, seed)] = Made(*found["outputs"][0][1:])
-    return summary(size, runs, chunks, expected, cases)
+    return {**summary(size, runs, chunks, expected, cases), "skipped": skipped}
 
 
-def _open(ranks: Ranks, case: Case, folder: str) -> int:
-    """Load what runs a case on all ranks; chunks for each of them."""
-    if case.peer is not None:
-        ranks.call("open_peer", case.peer, folder)
-        return 1
-    return ranks.call("open_session", case.session, folder, case.config, case.requests)[0]["chunks"]
+def _open(ranks: Ranks, case: Case, folder: str, one_step: Size) -> int:
+    """Load what runs a case on all ranks and run it once; chunks for each of them."""
+    chunks = ranks.call("open_session", case.session, folder, case.config, case.requests)[0]["chunks"]
+    # the first calls of a signature find the plan and check it
+    ranks.call("run_session", case.session, one_step, SEEDS[: case.requests], case.guided)
+    return chunks
+
+
+def _open_peer(ranks: Ranks, peer: str, folder: str, one_step: Size, plain: list[Made]) -> str | None:
+    """Load it on all ranks and run one step; why it cannot be timed, or None."""
+    why = not_installed(peer)
+    if why is not None:
+        return why
+    results = ranks.call("open_peer", peer, folder, one_step, SEEDS[0])
+    failures = [f"rank {rank}: {found['failed']}" for rank, found in enumerate(results) if "failed" in found]
+    if failures:
+        return "; ".join(failures)
+    error = largest(distance(plain, [found["outputs"][0][2]]) for found in results)
+    return None if error <= WRONG else f"wrong result, {error:.1e} away from plain diffusers: not timed"
 
 
 def timed(act: Callable[[], list[dict[str, Any]]], patience_s: float) -> Run:
@@ -193,7 +214,7 @@ def summary(
     cases = []
     for case in of:
         plain_s = case.requests * seconds[_plain_name(case.guided)]
-        best = bound(case, chunks[case.session], size.steps)
+        best = bound(case, chunks.get(case.session, 1), size.steps)
         speedup = plain_s / seconds[case.name]
         expected = [plain[(case.guided, seed)] for seed in SEEDS[: case.requests]]
         cases.append(
@@ -201,14 +222,14 @@ def summary(
                 "name": case.name,
                 "requests": case.requests,
                 "guided": case.guided,
-                "chunks": chunks[case.session],
+                "chunks": chunks.get(case.session, 1),
                 "seconds": seconds[case.name],
                 "plain_seconds": plain_s,
                 "speedup": speedup,
                 "bound": best,
                 "share": speedup / (best * ceiling / 2 if best > 1 else 1),
                 "bitwise_equal": all(run.digests == [made.digest for made in expected] for run in runs[case.name]),
-                "error": max(distance(expected, run.latents) for run in runs[case.name]),
+                "error": largest(distance(expected, run.latents) for run in runs[case.name]),
             }
         )
     return {
@@ -232,7 +253,12 @@ def sorted_outputs(results: list[dict[str, Any]]) -> list[tuple[int, str, Any]]:
 def distance(expected: list[Made], got: list[Any]) -> float:
     """The largest relative L2 distance of any request's latents."""
     pairs = [(made.latents.astype("float64"), latents) for made, latents in zip(expected, got, strict=True)]
-    return max(float(((a - b) ** 2).sum() ** 0.5 / (a**2).sum() ** 0.5) for a, b in pairs)
+    return largest(float(((a - b) ** 2).sum() ** 0.5 / (a**2).sum() ** 0.5) for a, b in pairs)
+
+
+def largest(distances: Iterable[float]) -> float:
+    """The largest of them; NaN if one is NaN, which `max` alone can hide."""
+    return max(distances, key=lambda value: (math.isnan(value), value))
 
 
 def bound(case: Case, chunks: int, steps: int) -> float:

@@ -102,12 +102,21 @@ class Worker:
 
         return measured(work)
 
-    def open_peer(self, name: str, folder: str) -> None:
-        """Load the whole pipeline with diffusers and shard its transformer with another library than shardit."""
+    def open_peer(self, name: str, folder: str, size: model.Size, seed: int) -> dict[str, Any]:
+        """Load the whole pipeline with diffusers, change it to that of another library, and run one guided request.
+
+        Another version of that library may not fit `bench.peers`: then the result has the error as "failed".
+        """
         self._join()
-        self._peers[name] = pipeline = tiny.load_plain(folder)
+        pipeline = tiny.load_plain(folder)
         pipeline.set_progress_bar_config(disable=True)
-        peers.PEERS[name](pipeline.transformer)
+        try:
+            peers.PEERS[name].apply(pipeline)
+            result = self._one_by_one(pipeline, size, (seed,), True)
+        except Exception as error:
+            return {"failed": f"{type(error).__name__}: {error}".partition("\n")[0]}
+        self._peers[name] = pipeline
+        return result
 
     def _join(self) -> None:
         if not dist.is_initialized():

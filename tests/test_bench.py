@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+
+from bench import peers, report, speed
 
 ROOT = Path(__file__).parent.parent
 CASE_KEYS = {"name", "requests", "guided", "chunks", "seconds", "plain_seconds", "speedup", "bound", "share"}
@@ -41,12 +44,58 @@ def test_quick_bench(tmp_path: Path) -> None:
         assert case["bitwise_equal"], case["name"]
     for case in document["axes"]["cases"]:
         assert case["error"] <= 1e-5, case["name"]
+    axes = document["axes"]
+    assert {case["name"] for case in axes["cases"]} | set(axes["skipped"]) == {case.name for case in speed.AXES}
+    assert set(axes["skipped"]) == {name for name in peers.PEERS if peers.not_installed(name)}
+    for line in axes["skipped"].items():
+        assert "  {}: {}\n".format(*line) in done.stdout
     assert {"plain_cpu_s_per_step", "session_cpu_s_per_step", "extra_percent"} <= set(document["overhead"])
     assert all(document["host"][key] > 0 for key in ("plain_block_us", "own_block_us", "hop_us", "sum_us"))
     assert [rank["read_over_owned"] <= 1.02 for rank in document["memory"]["ranks"]] == [True, True]
     assert {row["ranks"] for row in document["schedules"]} == set(range(1, 9))
     for row in document["schedules"]:
         assert row["speedup"] <= row["formula"] + 1e-9, row
+
+
+def without(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
+    """Let these modules, and no others, be missing."""
+    monkeypatch.setattr(peers, "missing", lambda asked: [name for name in asked if name in modules])
+
+
+def test_a_peer_that_is_not_installed_is_skipped_with_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    without(monkeypatch, "xfuser")
+    line = "xfuser is not installed: python -m pip install --no-deps xfuser yunchang einops"
+    no_ranks: Any = None  # nothing is asked of them
+    assert speed._open_peer(no_ranks, "xDiT, Ring", "", None, []) == line  # type: ignore[arg-type]
+    size = {"blocks": 1, "heads": 1, "head_dim": 1, "tokens": 1, "steps": 1}
+    found = {"size": size, "ranks": 2, "rounds": 1, "ceiling": 2.0, "cases": [], "skipped": {"xDiT, Ring": line}}
+    assert report._speed(found)[-1] == f"  xDiT, Ring: {line}"
+
+
+@pytest.mark.parametrize(
+    ("distances", "why"),
+    [
+        ((0.0, 5e-5), None),
+        ((0.0, 2e-4), "wrong result, 2.0e-04 away from plain diffusers: not timed"),
+        ((0.0, float("nan")), "wrong result, nan away from plain diffusers: not timed"),
+        ((None, 0.0), "rank 0: TypeError: no"),
+    ],
+)
+def test_a_peer_is_compared_before_it_is_timed(
+    monkeypatch: pytest.MonkeyPatch, distances: tuple[float | None, ...], why: str | None
+) -> None:
+    without(monkeypatch)
+    plain = np.ones(4)
+
+    class Fake:
+        def call(self, *_: Any) -> list[dict[str, Any]]:
+            return [
+                {"failed": "TypeError: no"} if far is None else {"outputs": [(0, "digest", plain * (1 + far))]}
+                for far in distances
+            ]
+
+    made = [speed.Made("digest", plain)]
+    assert speed._open_peer(Fake(), "xDiT, Ring", "", None, made) == why  # type: ignore[arg-type]
 
 
 def quick(name: str, target: Path, timeout: float) -> tuple[dict[str, Any], str]:

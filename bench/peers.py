@@ -1,4 +1,5 @@
-"""What others offer for the same model and ranks: context parallelism of diffusers, tensor parallelism of torch, xDiT.
+"""What others offer for the same model and ranks: context parallelism of diffusers, tensor parallelism of torch, xDiT,
+vLLM-Omni.
 
 Packages of others are no dependencies: a peer whose packages are not installed is skipped. torch is imported by the
 ranks alone.
@@ -13,6 +14,7 @@ from typing import Any
 from unittest import mock
 
 from bench.packages import missing
+from bench.vllm_omni import use_vllm_omni
 from bench.xdit import use_xdit
 
 
@@ -21,12 +23,14 @@ class Peer:
     """A way to run a WanPipeline on ranks.
 
     apply: changes a pipeline of diffusers in place, on every rank of the default process group; all of them then make
-    the same call. modules: top-level modules beyond those of shardit; packages: what pip installs for them.
+    the same call, or with ranks=1 one of them does. modules: top-level modules beyond those of shardit; packages: what
+    pip installs for them.
     """
 
     apply: Callable[[Any], None]
     modules: tuple[str, ...] = ()
     packages: str = ""
+    ranks: int = 2
 
 
 def not_installed(name: str) -> str | None:
@@ -95,6 +99,7 @@ def _own_heads(mesh: Any) -> Callable[..., Any]:
 
 
 XDIT = {"modules": ("xfuser", "yunchang", "einops"), "packages": "xfuser yunchang einops"}
+OMNI = {"modules": ("vllm_omni", "einops"), "packages": "vllm-omni einops"}
 
 PEERS: dict[str, Peer] = {
     "diffusers, Ulysses": Peer(context_parallel(ulysses_degree=2)),
@@ -102,4 +107,7 @@ PEERS: dict[str, Peer] = {
     "torch DTensor, slices": Peer(dtensor),
     "xDiT, Ulysses": Peer(partial(use_xdit, ulysses=2), **XDIT),
     "xDiT, Ring": Peer(partial(use_xdit, ring=2), **XDIT),
+    "vLLM-Omni, one rank": Peer(use_vllm_omni, **OMNI, ranks=1),
+    "vLLM-Omni, Ulysses": Peer(partial(use_vllm_omni, ulysses=2), **OMNI),
+    "vLLM-Omni, slices": Peer(partial(use_vllm_omni, tensor=2), **OMNI),
 }

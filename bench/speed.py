@@ -59,6 +59,11 @@ class Case:
         return "run_session" if self.peer is None else "run_peer"
 
     @property
+    def ranks(self) -> int:
+        """How many ranks run it."""
+        return RANKS if self.peer is None else PEERS[self.peer].ranks
+
+    @property
     def config(self) -> dict[str, Any]:
         """The arguments of DiffusionParallelConfig."""
         return {self.axis: RANKS, "pipeline_chunks": self.chunks}
@@ -117,18 +122,7 @@ def measure(
     expected: dict[tuple[bool, int], Made] = {}
     with Ranks(RANKS) as ranks, Ranks(RANKS) as copies:
         copies.call("open_plain", folder)
-        one_step = replace(size, steps=1)
-        [made, *_] = copies.call("run_plain", one_step, SEEDS[:1], True)
-        plain_step = [Made(*made["outputs"][0][1:])]
-        chunks, skipped = {}, {}
-        for case in cases:
-            why = _open_peer(ranks, case.peer, folder, one_step, plain_step) if case.peer else None
-            if why is not None:
-                skipped[case.name] = why
-                print(f"{case.name} is skipped: {why}", file=sys.stderr, flush=True)
-            elif case.peer is None:
-                chunks[case.session] = _open(ranks, case, folder, one_step)
-        cases = tuple(case for case in cases if case.name not in skipped)
+        cases, chunks, skipped = _open_cases(ranks, copies, cases, folder, replace(size, steps=1))
         for number in range(rounds):
             seed = SEEDS[number % len(SEEDS)]
             for guided in (True, False):
@@ -142,7 +136,8 @@ def measure(
                 for case in cases:
                     if case.guided == guided:
                         seeds = SEEDS[: case.requests]
-                        act = lambda: ranks.call(case.command, case.session, size, seeds, case.guided)  # noqa: B023, E731
+                        on = tuple(range(case.ranks))
+                        act = lambda: ranks.call(case.command, case.session, size, seeds, case.guided, on=on)  # noqa: B023, E731
                         runs[case.name].append(timed(act, patience_s))
             print(f"round {number + 1} of {rounds}", _line(runs), file=sys.stderr, flush=True)
         for guided in (True, False):  # seeds that no round has reached
@@ -151,6 +146,22 @@ def measure(
                     found = copies.call("run_plain", size, (seed,), guided, on=(0,))[0]
                     expected[(guided, seed)] = Made(*found["outputs"][0][1:])
     return {**summary(size, runs, chunks, expected, cases), "skipped": skipped}
+
+
+def _open_cases(
+    ranks: Ranks, copies: Ranks, cases: tuple[Case, ...], folder: str, one_step: Size
+) -> tuple[tuple[Case, ...], dict[str, int], dict[str, str]]:
+    """Load and run once all that runs the cases; those that can be timed, chunks by session, others with reasons."""
+    [made, *_] = copies.call("run_plain", one_step, SEEDS[:1], True)
+    plain = [Made(*made["outputs"][0][1:])]
+    chunks, skipped = {}, {}
+    for case in cases:
+        if case.peer is None:
+            chunks[case.session] = _open(ranks, case, folder, one_step)
+        elif why := _open_peer(ranks, case.peer, folder, one_step, plain):
+            skipped[case.name] = why
+            print(f"{case.name} is skipped: {why}", file=sys.stderr, flush=True)
+    return tuple(case for case in cases if case.name not in skipped), chunks, skipped
 
 
 def _open(ranks: Ranks, case: Case, folder: str, one_step: Size) -> int:
@@ -270,7 +281,7 @@ def bound(case: Case, chunks: int, steps: int) -> float:
     from shardit.core.placement.partition import bound as of_partition
 
     if case.axis != "pipeline_parallel_size":
-        return float(RANKS)
+        return float(case.ranks)
     micro_batches = case.requests * (2 if case.guided else 1)
     return of_partition(micro_batches, RANKS, chunks if case.requests == 1 else chunks * steps)
 

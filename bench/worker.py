@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 import shardit
 from bench import host, model, numerics, operations, peers
+from bench.groups import shared_groups
 from shardit.config import DiffusionParallelConfig
 from shardit.core.comm.mesh import axis_sizes
 from shardit.diffusion.sharding import component_sharding
@@ -111,7 +112,8 @@ class Worker:
         pipeline = tiny.load_plain(folder)
         pipeline.set_progress_bar_config(disable=True)
         try:
-            peers.PEERS[name].apply(pipeline)
+            with shared_groups():
+                peers.PEERS[name].apply(pipeline)
             result = self._one_by_one(pipeline, size, (seed,), True)
         except Exception as error:
             return {"failed": f"{type(error).__name__}: {error}".partition("\n")[0]}
@@ -127,8 +129,9 @@ class Worker:
         return numerics.distance(folder, size, dtype, options, self._join)
 
     def run_peer(self, name: str, size: model.Size, seeds: tuple[int, ...], guided: bool) -> dict[str, Any]:
-        """The requests one after the other, by such a pipeline. Every rank makes all of them."""
-        dist.barrier()
+        """The requests one after the other, by such a pipeline. Every rank that runs it makes all of them."""
+        if name not in peers.PEERS or peers.PEERS[name].ranks > 1:
+            dist.barrier()
         return self._one_by_one(self._peers[name], size, seeds, guided)
 
     def run_session(self, name: str, size: model.Size, seeds: tuple[int, ...], guided: bool) -> dict[str, Any]:

@@ -7,6 +7,8 @@
 | `ranks.py`, `worker.py` | rank processes that obey one command at a time, and what they can do |
 | `machine.py` | what is written down of the machine; waiting until nobody else computes |
 | `speed.py` | plain against two ranks, interleaved; ceiling, bound, share, bit equality |
+| `peers.py` | what other libraries offer for the same model and ranks |
+| `xdit.py`, `vllm_omni.py`, `vllm_names.py`, `packages.py`, `groups.py` | two of them, made for GPUs, on a CPU |
 | `overhead.py` | CPU time that one rank costs over plain diffusers |
 | `memory.py` | peak memory and bytes read per rank |
 | `startup.py` | time until `Omni` is ready |

@@ -89,7 +89,6 @@ def _make_layers(count: int, make: Callable[..., nn.Module], prefix: str) -> tup
 
 def _logger(name: str) -> Any:
     logger: Any = logging.getLogger(name)
-    logger.setLevel(logging.ERROR)  # each forward warns of splits that Wan 2.2 T2V does not need
     logger.warning_once, logger.info_once = logger.warning, logger.info
     return logger
 

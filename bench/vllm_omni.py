@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,6 +45,7 @@ def _import() -> Any:
     from bench import vllm_names
 
     package = "vllm_omni.diffusion"
+    logging.getLogger("vllm_omni").setLevel(logging.ERROR)  # each forward warns of splits that Wan does not need
     # Besides vllm: detection of GPUs, quantization, settings of the engine.
     placeholders(("vllm", "vllm_omni.platforms", "vllm_omni.quantization", f"{package}.data"), vllm_names.NAMES)
     # Their `__init__` patch vllm and import all models.

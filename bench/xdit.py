@@ -34,7 +34,6 @@ def use_xdit(pipeline: Any, *, ulysses: int = 1, ring: int = 1) -> None:
 
 def _import() -> dict[str, Any]:
     """The modules of xfuser that Wan needs, by name."""
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
     without_init("xfuser")  # it imports all pipelines, and with them further packages
     # The version of the device is asked for at import; "mps" is the only device that may have none.
     no_version = mock.patch("torch.backends.mps.is_available", return_value=True)
@@ -50,6 +49,7 @@ def _import() -> dict[str, Any]:
         from xfuser.model_executor.layers import usp
         from xfuser.model_executor.models.transformers import transformer_wan
 
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
     kinds = attention_backend.AttentionBackendType
     attention_backend.ATTENTION_FUNCTION_REGISTRY[kinds.SDPA_FLASH] = _attention_with_lse
     return {

@@ -36,8 +36,6 @@ NOT_RUN = {
     ("README.md", "pip install -e ."): "changes the environment; test_packages.py has a full test of it",
     ("README.md", "pip install openai"): "changes the environment",
     ("README.md", "pip install peft"): "changes the environment",
-    ("README.md", "python -m pip install --no-deps --target peers xfuser yunchang vllm-omni einops"): "needs a network",
-    ("README.md", "PYTHONPATH=peers python -m bench --only axes"): "takes minutes; test_bench.py runs it at tiny size",
     ("docs/serving.md", "ray start --head"): "needs Ray",
     ("docs/serving.md", "ray start --address=node-a:6379"): "needs Ray and a second machine",
 }

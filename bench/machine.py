@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import os
@@ -17,19 +18,27 @@ QUIET = 0.03
 
 def describe(command: list[str]) -> dict[str, Any]:
     """Everything a reader needs to repeat a measurement."""
-    packages = ("torch", "diffusers", "transformers", "shardit")
     return {
         "host": platform.node(),
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": _versions("torch", "diffusers", "transformers", "shardit", "xfuser", "yunchang", "vllm-omni"),
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["python", "-m", "bench", *command]),
         "load_before": list(os.getloadavg()),
     }
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    """Versions of those that are installed: the last ones are measured next to shardit, and are no dependencies."""
+    found = {}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def commit() -> str:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import peers, report, speed
+from bench import peers, report
+from bench import speed as speed_bench
 
 ROOT = Path(__file__).parent.parent
 CASE_KEYS = {"name", "requests", "guided", "chunks", "seconds", "plain_seconds", "speedup", "bound", "share"}
@@ -45,7 +46,7 @@ def test_quick_bench(tmp_path: Path) -> None:
     for case in document["axes"]["cases"]:
         assert case["error"] <= 1e-5, case["name"]
     axes = document["axes"]
-    assert {case["name"] for case in axes["cases"]} | set(axes["skipped"]) == {case.name for case in speed.AXES}
+    assert {case["name"] for case in axes["cases"]} | set(axes["skipped"]) == {case.name for case in speed_bench.AXES}
     assert set(axes["skipped"]) == {name for name in peers.PEERS if peers.not_installed(name)}
     for line in axes["skipped"].items():
         assert "  {}: {}\n".format(*line) in done.stdout
@@ -66,7 +67,7 @@ def test_a_peer_that_is_not_installed_is_skipped_with_a_line(monkeypatch: pytest
     without(monkeypatch, "xfuser")
     line = "xfuser is not installed: python -m pip install --no-deps xfuser yunchang einops"
     no_ranks: Any = None  # nothing is asked of them
-    assert speed._open_peer(no_ranks, "xDiT, Ring", "", None, []) == line  # type: ignore[arg-type]
+    assert speed_bench._open_peer(no_ranks, "xDiT, Ring", "", None, []) == line  # type: ignore[arg-type]
     size = {"blocks": 1, "heads": 1, "head_dim": 1, "tokens": 1, "steps": 1}
     found = {"size": size, "ranks": 2, "rounds": 1, "ceiling": 2.0, "cases": [], "skipped": {"xDiT, Ring": line}}
     assert report._speed(found)[-1] == f"  xDiT, Ring: {line}"
@@ -94,8 +95,8 @@ def test_a_peer_is_compared_before_it_is_timed(
                 for far in distances
             ]
 
-    made = [speed.Made("digest", plain)]
-    assert speed._open_peer(Fake(), "xDiT, Ring", "", None, made) == why  # type: ignore[arg-type]
+    made = [speed_bench.Made("digest", plain)]
+    assert speed_bench._open_peer(Fake(), "xDiT, Ring", "", None, made) == why  # type: ignore[arg-type]
 
 
 def quick(name: str, target: Path, timeout: float) -> tuple[dict[str, Any], str]:

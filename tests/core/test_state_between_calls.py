@@ -92,6 +92,17 @@ def kept(model: Any) -> list[Any]:
         return [model(torch.tensor(step + 0.5).expand(1, 8), torch.tensor(0.9 - step).expand(1)) for step in range(2)]
 
 
+def inferred(model: Any) -> list[Any]:
+    """Results of calls in inference mode, first used outside of it."""
+
+    @torch.inference_mode()
+    def predict(value: float) -> torch.Tensor:
+        return model(torch.full((1, 8), value))[0]
+
+    pairs = [(predict(0.1 + step), predict(-0.1 - step)) for step in range(STEPS)]
+    return [second + 3 * (first - second) for first, second in pairs]
+
+
 def numbers(model: Any) -> list[Any]:
     with torch.no_grad():
         return [model(torch.ones(1, 8), sigma) for sigma in (1.0, 0.9, 0.3, 1.0, 0.9)]
@@ -109,7 +120,9 @@ def related(model: Any) -> list[Any]:
         return [model(x, shared=shared)[0] for shared in (False, True, False)]
 
 
-PROGRAMS = {program.__name__: program for program in (hooked, adapted, written, kept, numbers, flags, related)}
+PROGRAMS = {
+    program.__name__: program for program in (hooked, adapted, written, kept, inferred, numbers, flags, related)
+}
 
 
 def _on_ranks(rank: int, count: int, method: str, name: str) -> Any:

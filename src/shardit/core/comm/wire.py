@@ -34,6 +34,15 @@ def pack_layout(sizes: tuple[int, ...]) -> MessageLayout:
     return MessageLayout(tuple(parts), offset)
 
 
+def message_memory(size: int, device: torch.device) -> torch.Tensor:
+    """Return memory for a message of `size` bytes, which is received in any mode: a tensor made in inference mode could
+    only be written to in that mode."""
+    if not torch.is_inference_mode_enabled():
+        return torch.empty(size, dtype=torch.uint8, device=device)
+    with torch.inference_mode(False):
+        return torch.empty(size, dtype=torch.uint8, device=device)
+
+
 def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """Return the memory of a dense tensor as a flat byte tensor that shares it."""
     return storage_bytes(tensor, first_byte(tensor), tensor.numel() * tensor.element_size())

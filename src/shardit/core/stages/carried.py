@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from shardit.core.comm.p2p import Comm, Transfer
-from shardit.core.comm.wire import first_byte, storage_bytes, view_bytes
+from shardit.core.comm.wire import first_byte, message_memory, storage_bytes, view_bytes
 from shardit.core.plans.call_plan import Address, HopItem, Leaf
 from shardit.core.plans.local_plan import LocalPlan
 from shardit.core.plans.stand_ins import blank, is_float
@@ -112,7 +112,7 @@ class CarriedTensors:
 
     def _message(self, k: int) -> torch.Tensor:
         if k not in self._messages:
-            message = torch.empty(self.hops[k].layout.total, dtype=torch.uint8, device=self._device)
+            message = message_memory(self.hops[k].layout.total, self._device)
             self._messages[k] = message.fill_(0xFF) if self._poison else message  # all ones is a NaN in every format
             for offset, size in self.local.integers.get(k, ()):
                 message[offset : offset + size].zero_()

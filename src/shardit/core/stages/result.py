@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_unflatten
 
 from shardit.core.comm.mesh import Mesh
 from shardit.core.comm.p2p import Comm, Transfer
-from shardit.core.comm.wire import view_bytes
+from shardit.core.comm.wire import message_memory, view_bytes
 from shardit.core.plans.call_plan import ResultPlan
 from shardit.core.runtime.pending import PendingSource
 
@@ -50,7 +50,7 @@ class Result:
     def __init__(self, plan: ResultPlan, device: torch.device, materialize: Callable[[], None]):
         self.plan = plan
         # NaN until it is here: torch.tensor and its like look at a tensor's memory without asking the tensor.
-        self.memory = torch.full((plan.layout.total,), 0xFF, dtype=torch.uint8, device=device)
+        self.memory = message_memory(plan.layout.total, device).fill_(0xFF)
         self.source = PendingSource(materialize)
 
     def tree(self) -> Any:

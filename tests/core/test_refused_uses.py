@@ -61,11 +61,12 @@ def otherwise(rank: int, count: int, method: str, axis: str) -> tuple[list[bool]
     pipe = shardit.parallelize(pipeline("flux"), DiffusionParallelConfig(**AXES[axis]), timeout_s=60)
     same = [torch.allclose(latents(pipe), plain, atol=1e-5)]
     said = []
-    compiled = torch.compile(pipe.transformer, backend="eager")
+    compiled, decode = (torch.compile(one, backend="eager") for one in (pipe.transformer, pipe.vae.decode))
     for use in (
         lambda: differentiate(pipe.transformer, arguments),
         lambda: copy.deepcopy(pipe),
         lambda: compiled(**arguments),
+        lambda: decode(torch.zeros(1, 16, 4, 4)),
     ):
         with pytest.raises(UnsupportedError) as refused:
             use()
@@ -90,11 +91,12 @@ def otherwise(rank: int, count: int, method: str, axis: str) -> tuple[list[bool]
 @pytest.mark.parametrize("axis", list(AXES))
 def test_gradients_copies_and_threads(axis: str) -> None:
     tiny.resolve("tiny/flux")
-    for same, (gradients, copied, compiled, *threads) in run_ranks(2, otherwise, axis):
+    for same, (gradients, copied, compiled, decoded, *threads) in run_ranks(2, otherwise, axis):
         assert same == [True] * 3
         assert "no backward" in gradients if axis == "slices" else "is called for its gradients" in gradients
         assert "cannot be deep-copied: each rank holds only its own part" in copied
         assert "FluxTransformer2DModel is called from compiled code" in compiled
+        assert "AutoencoderKL.decode is called from compiled code" in decoded
         assert len(threads) == 3
         assert all(one.startswith("another thread makes a call over the same ranks") for one in threads)
 

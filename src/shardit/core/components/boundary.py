@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from shardit.core.comm.agreement import Caller
 from shardit.core.modules.absent import listed_by_user
-from shardit.core.modules.compiled import COMPILED
+from shardit.core.modules.compiled import COMPILED, refuse_compiling
 from shardit.core.modules.hooks import hooks_below
 from shardit.core.modules.patching import SWAPPED, fixed_device_to, subclass_in_place
 from shardit.core.runtime.digests import named
@@ -161,8 +161,12 @@ class Boundary:
         return out
 
     def _method(self, path: str, name: str, plain: Function, cls: type) -> Function:
+        called = ".".join(filter(None, (type(self._plain[0][0]).__name__, path, "" if name == "__call__" else name)))
+
         @functools.wraps(plain)
         def method(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if not self.inside:
+                refuse_compiling(called, torch.compiler.is_compiling())
             now = getattr(cls, name)  # a user may have replaced it in the class
             return self._call(module, path, name, MethodType(now, module), args, kwargs)
 

@@ -86,7 +86,7 @@ def refuse_compiling(name: str, compiling: bool) -> None:
     `torch.compiler.is_compiling()` in the caller's frame, since this function is never traced."""
     if compiling:
         raise UnsupportedError(
-            f"{name} is called from compiled code, but several ranks run it together, which one compiled function "
+            f"{name} is called from compiled code, but several ranks take part in it, which one compiled function "
             "cannot do: leave that uncompiled"
         )
 

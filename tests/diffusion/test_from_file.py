@@ -154,6 +154,22 @@ def test_explicit_default_flags_override_a_file(tmp_path):
     assert flags.sampling_params().num_outputs_per_prompt == 1
 
 
+def test_steps_given_in_any_form_override_those_of_a_file(tmp_path):
+    listed = saved(tmp_path / "a.png", sigmas=[0.9], num_inference_steps=1)
+    assert GenerateFlags(from_file=listed).completed().extra_arguments()["sigmas"] == [0.9]
+    flags = GenerateFlags(from_file=listed, num_inference_steps=2).completed()
+    assert (flags.num_inference_steps, "sigmas" in flags.extra_arguments()) == (2, False)
+    flags = GenerateFlags(
+        from_file=saved(tmp_path / "b.png", num_inference_steps=4), extra=["sigmas=[0.9]"]
+    ).completed()
+    assert (flags.num_inference_steps, flags.extra_arguments()["sigmas"]) == (None, [0.9])
+
+
+def test_a_record_without_a_model(tmp_path):
+    with pytest.raises(InputError, match="does not say of which model it was made"):
+        GenerateFlags(from_file=saved(tmp_path / "a.png", model=None)).completed()
+
+
 def made_by(**made_by):
     return PipelineSignature("P", (), made_by=made_by)
 

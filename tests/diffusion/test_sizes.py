@@ -11,11 +11,14 @@ import pytest
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline
 
+from shardit.config import DiffusionParallelConfig
 from shardit.diffusion.preflight.static_sizes import static_sizes
 from shardit.diffusion.request.advice import advice
 from shardit.diffusion.request.build import build_requests
 from shardit.diffusion.request.pipeline_signature import signature_of
 from shardit.diffusion.request.size_multiples import least_sides, size_multiples
+from shardit.engine.process.messages import SessionSpec
+from shardit.engine.tasks.loaded_signature import loaded_signature
 from shardit.errors import InputError
 from shardit.server.http.schema.errors import ApiError
 from shardit.server.http.schema.fields import check_fields, field_models
@@ -61,6 +64,15 @@ def test_multiples_of_real_pipelines(name, multiple):
 
     found = size_multiples(brought.pipeline(name))
     assert found == ({} if multiple is None else {"height": multiple, "width": multiple})
+
+
+@pytest.mark.parametrize(
+    ("name", "multiple"), [("ErnieImagePipeline", 4), ("StableDiffusion3ControlNetPipeline", 8), ("FluxPipeline", None)]
+)
+def test_multiples_of_pipelines_that_cannot_be_tried(name, multiple):
+    pipe = entries()[name].build()
+    found = loaded_signature(pipe, SessionSpec("tiny/flux", DiffusionParallelConfig()), {})
+    assert found.multiples == ({} if multiple is None else {"height": multiple, "width": multiple})
 
 
 @pytest.mark.parametrize(("name", "least"), [("qwen-image", 16), ("flux", 16), ("wan2.2-t2v", 8)])

@@ -11,7 +11,7 @@ from typing import Any
 from shardit.diffusion.loading.variants import image_pipeline_name
 from shardit.diffusion.output.encode import EXIF_DESCRIPTION, LEFT_OUT
 from shardit.diffusion.request.pipeline_signature import PipelineSignature, same_setting
-from shardit.diffusion.request.step_lists import listed
+from shardit.diffusion.request.step_lists import replaced_steps
 from shardit.errors import InputError
 from shardit.loading.missing import missing_package
 from shardit.settings.model_options import WHOLE
@@ -66,7 +66,7 @@ def read_record(path: Path) -> dict[str, Any]:
         raise InputError(
             f"{path} does not say how it was made: shardit has not written it, or it was edited"
         ) from error
-    if not isinstance(record, dict) or record.get("software") != "shardit" or "model" not in record:
+    if not isinstance(record, dict) or record.get("software") != "shardit" or record.get("model") is None:
         raise InputError(f"{path} does not say of which model it was made; give the settings as flags")
     record = {name: value for name, value in record.items() if value is not None or name not in _TYPES}
     edited = [name for name in record if not isinstance(record[name], _TYPES.get(name, object))]
@@ -89,7 +89,7 @@ def flags_of(
             raise InputError(f"the file had no room for {name}; add {flag}")
     flags: dict[str, Any] = {}
     extra: dict[str, Any] = {}
-    own = (*_ABOUT, "scheduler_args", "single_files", *(["num_inference_steps"] if listed(record) else []))
+    own = (*_ABOUT, "scheduler_args", "single_files", *replaced_steps(record, given))
     for name, value in record.items():
         of_ranks = name == "parallel" and isinstance(value, dict)  # as "ranks" was called
         if name in own or of_ranks or (value is None and name in known):

@@ -8,6 +8,7 @@ import logging
 from types import SimpleNamespace
 from typing import Any
 
+from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import ConfigMixin
 from PIL import Image
 
@@ -15,6 +16,9 @@ from shardit.diffusion.request.size_search import SIDE, least_of, search
 
 _AFTER_THE_CHECKS = ("encode", "_encode", "prepare", "_prepare", "get_", "_get_")
 """Prefixes of the methods that pipelines call after the checks of their arguments."""
+
+_OF_ALL = frozenset(dir(DiffusionPipeline))
+"""Methods of all pipelines, which some call before."""
 
 
 def size_multiples(pipe: Any) -> dict[str, int]:
@@ -69,6 +73,6 @@ def _without_components(pipe: Any) -> Any:
         if hasattr(part, "config"):
             probe.__dict__[name] = SimpleNamespace(config=part.config)
     for name in dir(type(pipe)):
-        if name.startswith(_AFTER_THE_CHECKS) and callable(getattr(type(pipe), name)):
+        if name.startswith(_AFTER_THE_CHECKS) and callable(getattr(type(pipe), name)) and name not in _OF_ALL:
             probe.__dict__[name] = checked
     return probe

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sized
+from collections.abc import Collection, Mapping, Sequence, Sized
 from typing import Any
 
-LISTS = ("sigmas", "timesteps")
+STEPS, LISTS = "num_inference_steps", ("sigmas", "timesteps")
 
 
 def listed(given: Mapping[str, Any]) -> str | None:
@@ -13,11 +13,19 @@ def listed(given: Mapping[str, Any]) -> str | None:
     return next((name for name in LISTS if given.get(name) is not None), None)
 
 
+def replaced_steps(record: Mapping[str, Any], given: Collection[str]) -> Sequence[str]:
+    """Return the entries of a file's record that state its steps and do not count: all if the user has given steps in
+    any form, the number if there is a list."""
+    if not {STEPS, *LISTS}.isdisjoint(given):
+        return (STEPS, *LISTS)
+    return (STEPS,) if listed(record) else ()
+
+
 def steps_problem(given: Mapping[str, Any]) -> str | None:
     """Return the error if a number of steps and a list of another length are both given: pipelines would ignore the
     number."""
-    name, steps = listed(given), given.get("num_inference_steps")
+    name, steps = listed(given), given.get(STEPS)
     values = None if name is None else given[name]
     if steps is None or not isinstance(values, Sized) or len(values) == steps:
         return None
-    return f"num_inference_steps and {name} disagree ({steps} and {len(values)} entries); give one of them"
+    return f"{STEPS} and {name} disagree ({steps} and {len(values)} entries); give one of them"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from shardit.config import DiffusionParallelConfig
 from shardit.diffusion.loading.diffusers_source import refused_above, refused_without
 from shardit.diffusion.loading.required_packages import missing
+from shardit.diffusion.preflight.static_sizes import static_sizes
 from shardit.diffusion.request.pipeline_signature import PipelineSignature, has_adapter, signature_of
 from shardit.diffusion.request.size_multiples import least_sides, size_multiples
 from shardit.engine.nodes.node_info import versions
@@ -24,11 +25,14 @@ if TYPE_CHECKING:
 def loaded_signature(pipe: Any, spec: SessionSpec, index: dict[str, Any], rate: int | None = None) -> PipelineSignature:
     """Return the signature of a pipeline with this index; rate: samples per second of its sound."""
     found = signature_of(type(pipe), index, sample_rate=rate)
-    sizes: dict[str, Any] = {"multiples": size_multiples(pipe), "least": least_sides(pipe)}
-    configs = (getattr(part, "config", None) for part in pipe.components.values())
-    adapted = any(has_adapter(config) for config in configs if isinstance(config, Mapping))
+    parts = ((name, getattr(part, "config", None)) for name, part in pipe.components.items())
+    configs = {name: config for name, config in parts if isinstance(config, Mapping)}
+    adapted = any(map(has_adapter, configs.values()))
     lacks = hasattr(pipe, "load_ip_adapter") and not adapted
     own = type(pipe).__module__.partition(".")[0] == "diffusers"
+    # A call that is tried may fail before its checks, for want of another argument, such as a video.
+    in_source = static_sizes(found.class_name, found.names, configs)["multiples"] if own else {}
+    sizes: dict[str, Any] = {"multiples": {**in_source, **size_multiples(pipe)}, "least": least_sides(pipe)}
     return dataclasses.replace(
         found.without(refused_without(found.class_name, index) if own else ()),
         **sizes,

@@ -294,6 +294,24 @@ def test_a_chat_template_in_a_file(llm: LLM, tmp_path: Path) -> None:
     refused("drops messages with the role 'user'", llm.chat_prompt, user, chat_template="{{ 'be kind' }}")
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, r"has no tokenizer \(tokenizer.json\): download or copy the model again"),
+        ("version https://git-lfs.github.com/spec/v1", "tokenizer.json is a git-lfs pointer: run `git lfs pull`"),
+        ("{", "tokenizer.json is damaged: download or copy it again"),
+        ("{}", "cannot read the tokenizer of .*: download or copy the model again"),
+    ],
+)
+def test_a_damaged_tokenizer(tmp_path: Path, text: str | None, says: str) -> None:
+    write(tmp_path)
+    for path in tmp_path.glob("*token*"):
+        path.unlink()
+    if text is not None:
+        (tmp_path / "tokenizer.json").write_text(text)
+    refused(says, DecoderSource(tmp_path).tokenizer)
+
+
 def test_a_text_with_a_token_beyond_the_vocabulary(tmp_path: Path) -> None:
     tokens = tokenizer()
     write(tmp_path, eos_token_id=[1, len(tokens) + 5])

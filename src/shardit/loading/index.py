@@ -6,7 +6,7 @@ import difflib
 import inspect
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,6 +74,19 @@ def read_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def damaged_json(paths: Iterable[Path]) -> str | None:
+    """Return which of these files is the first, in order of names, that holds no JSON, and the remedy; None if all do.
+    Errors of the libraries do not name it."""
+    for path in sorted(paths):
+        try:
+            json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError, RecursionError):
+            pointer = path.is_file() and path.read_bytes()[:8] == b"version "
+            damage = "is a git-lfs pointer: run `git lfs pull` in its repository"
+            return f"{path} {damage if pointer else 'is damaged: download or copy it again'}"
+    return None
 
 
 def read_config(part: Component) -> dict[str, Any] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from shardit.errors import InputError, first_line
 from shardit.loading import index
 from shardit.loading.checkpoint import Checkpoint, check_variant
 from shardit.loading.dtypes import Setting, check_components, dtype_of
-from shardit.loading.index import Component
+from shardit.loading.index import Component, damaged_json
 from shardit.loading.meta import build
 from shardit.loading.quiet import quiet
 from shardit.loading.safetensors_file import Reads
@@ -241,17 +240,7 @@ def _construct(cls: type[Any], source: ModelSource, passed: dict[str, Any]) -> D
     except (InputError, MemoryError):
         raise
     except Exception as error:  # tokenizers and schedulers check their files by any kind
-        reason = _broken_json(source.folder) or first_line(error)
+        reason = damaged_json(source.folder.glob("*/*.json")) or first_line(error)
         raise InputError(f"{cls.__name__} cannot be made from {source.folder}: {reason}") from error
     pipe.register_to_config(_name_or_path=source.name)
     return pipe
-
-
-def _broken_json(folder: Path) -> str | None:
-    """Return the name of an unreadable JSON file of a component, which is not in the errors of the libraries."""
-    for path in sorted(folder.glob("*/*.json")):
-        try:
-            json.loads(path.read_text())
-        except (OSError, ValueError):
-            return f"{path} is damaged: download or copy it again"
-    return None

@@ -38,7 +38,9 @@ class GGUFFile:
             with parsed_once():
                 self._parsed: dict[str, Any] = load_gguf_checkpoint(str(path))
         except (OSError, ValueError, KeyError, IndexError) as error:
-            raise InputError(f"transformers cannot read {path}: {first_line(error)}") from error
+            raise InputError(
+                f"transformers cannot read {path} ({first_line(error)}): download or copy it again"
+            ) from error
 
     def build(self, dtype: torch.dtype | None) -> nn.Module:
         """Build the model on meta; `dtype` None means float32."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from shardit.errors import InputError, first_line
 from shardit.language.loading.gguf_header import check_magic, check_package, parsed_once
 from shardit.loading.hub import FlatRemote, flat_on_hub, open_flat
-from shardit.loading.index import INDEX, refuse_adapter
+from shardit.loading.index import INDEX, damaged_json, refuse_adapter
 from shardit.loading.quiet import quiet
 from shardit.models.tiny.language import CONFIGURATIONS, language_folder
 from shardit.models.tiny.recipes.catalog import RECIPES
@@ -21,6 +21,15 @@ from shardit.settings.paths import is_hub_id, user_path
 
 CONFIG = "config.json"
 """The configuration file of a model of transformers."""
+
+JSON_OF_TOKENS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+"""Files of a tokenizer; others have a vocabulary with the suffix .model or .txt."""
 
 GGUF = ".gguf"
 
@@ -57,8 +66,18 @@ class DecoderSource:
             with quiet(), nullcontext() if self.gguf is None else parsed_once():
                 return AutoTokenizer.from_pretrained(str(self.folder), **options)
         except Exception as error:  # the package `tokenizers` raises no other class for a damaged file
-            path = self.folder / (self.gguf or "")
-            raise InputError(f"transformers cannot read the tokenizer of {path}: {first_line(error)}") from error
+            raise InputError(self._no_tokenizer(error)) from error
+
+    def _no_tokenizer(self, error: Exception) -> str:
+        """Return in one line why transformers cannot read the tokenizer."""
+        files = [self.folder / name for name in JSON_OF_TOKENS if self.gguf is None and (self.folder / name).exists()]
+        if damaged := damaged_json(files):
+            return damaged
+        again = "download or copy the model again"
+        if self.gguf is None and not files and not [*self.folder.glob("*.model"), *self.folder.glob("*.txt")]:
+            return f"{self.folder} has no tokenizer ({JSON_OF_TOKENS[0]}): {again}"
+        of = self.folder / (self.gguf or "")
+        return f"transformers cannot read the tokenizer of {of} ({first_line(error)}): {again}"
 
     @property
     def model_type(self) -> str | None:

@@ -164,7 +164,7 @@ def test_messages_between_ranks_are_in_the_package_that_stacks_know() -> None:
 def look(server: Server, monkeypatch: pytest.MonkeyPatch, *stacks: str) -> None:
     """The next look of the supervisor, which finds the ranks so."""
     server.rank_group.stacks = dict(enumerate(stacks))
-    server.jobs.look_after()
+    server.jobs.check()
 
 
 def test_ranks_waiting_for_a_failed_rank_are_restarted(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

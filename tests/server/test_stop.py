@@ -42,13 +42,13 @@ def prepare(self):
 """
 
 STUCK_LOOP = """
-forced_exit.END_S = 2.0
+forced_exit.EXIT_TIMEOUT_S = 2.0
 def prepare(self):
     self.loop.call(time.sleep, 100)
 """
 
 STUCK_RANKS = """
-forced_exit.END_S = 2.0
+forced_exit.EXIT_TIMEOUT_S = 2.0
 def prepare(self):
     placement.stop = lambda *_: time.sleep(100)
 """
@@ -63,7 +63,7 @@ def prepare(self):
 
 # As by an API process that was stopped in the middle of a transaction.
 STUCK_STORE = """
-forced_exit.END_S = 2.0
+forced_exit.EXIT_TIMEOUT_S = 2.0
 def prepare(self):
     db = sqlite3.connect(folder / "jobs.sqlite", isolation_level=None, check_same_thread=False)
     threading.Timer(0.5, lambda: db.execute("BEGIN IMMEDIATE")).start()
@@ -71,7 +71,7 @@ def prepare(self):
 """
 
 STUCK_LOG = """
-forced_exit.END_S = 2.0
+forced_exit.EXIT_TIMEOUT_S = 2.0
 def prepare(self):
     reads, writes = os.pipe()
     os.dup2(writes, 2)

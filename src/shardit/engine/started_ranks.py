@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from shardit.diffusion.request.model_info import ModelInfo
 
 CLOSE_GRACE_S = 1.0
-LOOK_EVERY_S = 0.1
+POLL_INTERVAL_S = 0.1
 
 
 class StartedRanks:
@@ -51,7 +51,7 @@ class StartedRanks:
         self.owner = os.getpid()
         self.placement = placement or LocalPlacement(spec.timeout_s)
         self._lock = threading.RLock()
-        self._loop = Loop(self._look, LOOK_EVERY_S)
+        self._loop = Loop(self._look, POLL_INTERVAL_S)
         self._group = RankGroup(
             spec,
             self.placement,

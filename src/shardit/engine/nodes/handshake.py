@@ -24,10 +24,10 @@ from shardit.errors import RankError
 GREETING = b"shardit ranks 1\n"
 WELCOME = b"+"
 NONCE = 32
-PROOF_S = 10.0
+HANDSHAKE_TIMEOUT_S = 10.0
 """Time limit for the proof of a connection, in seconds."""
 MAX_HELLO = 65536
-RETRY_S = 0.3
+RETRY_INTERVAL_S = 0.3
 
 # A peer whose machine or network is down is noticed after about IDLE + COUNT * INTERVAL seconds.
 _KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 20_000}
@@ -67,7 +67,7 @@ def connect(endpoint: Endpoint, hello: Mapping[str, Any], timeout_s: float) -> t
     reason = "no address"
     while True:
         for host in endpoint.hosts:
-            left = max(0.1, min(PROOF_S, deadline - time.monotonic()))
+            left = max(0.1, min(HANDSHAKE_TIMEOUT_S, deadline - time.monotonic()))
             try:
                 sock = socket.create_connection((host, endpoint.port), timeout=left)
             except OSError as error:
@@ -80,17 +80,17 @@ def connect(endpoint: Endpoint, hello: Mapping[str, Any], timeout_s: float) -> t
             except OSError as error:
                 sock.close()
                 reason = f"{host}:{endpoint.port}: {error}"
-        if time.monotonic() + RETRY_S >= deadline:
+        if time.monotonic() + RETRY_INTERVAL_S >= deadline:
             raise RankError(int(hello["rank"]), f"cannot reach the supervisor within {timeout_s:g} s ({reason})")
-        time.sleep(RETRY_S)
+        time.sleep(RETRY_INTERVAL_S)
 
 
 def admit(sock: socket.socket, token: str) -> dict[str, Any]:
     """On the supervisor's side: verify a new connection; returns its `hello`.
 
-    The caller sends WELCOME, or closes the connection. Raises Unproven or OSError, within PROOF_S.
+    The caller sends WELCOME, or closes the connection. Raises Unproven or OSError, within HANDSHAKE_TIMEOUT_S.
     """
-    deadline = time.monotonic() + PROOF_S
+    deadline = time.monotonic() + HANDSHAKE_TIMEOUT_S
     tune(sock)
     ours = secrets.token_bytes(NONCE)
     _give(sock, GREETING + ours, deadline)
@@ -106,7 +106,7 @@ def admit(sock: socket.socket, token: str) -> dict[str, Any]:
 
 def welcome(sock: socket.socket) -> None:
     """Accept an admitted connection as the expected rank; from now on it is a channel."""
-    _give(sock, WELCOME, time.monotonic() + PROOF_S)
+    _give(sock, WELCOME, time.monotonic() + HANDSHAKE_TIMEOUT_S)
 
 
 def tune(sock: socket.socket) -> None:

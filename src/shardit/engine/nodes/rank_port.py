@@ -16,7 +16,7 @@ from shardit.engine.process.channel import Channel, Closed
 from shardit.engine.process.messages import SessionSpec
 from shardit.errors import InputError, RankError
 
-LOOK_S = 0.2
+POLL_INTERVAL_S = 0.2
 MAX_UNPROVEN = 256
 """Number of unverified connections at a time; more are closed at once."""
 
@@ -64,7 +64,7 @@ class RankPort:
                 if time.monotonic() >= deadline:
                     missing = ", ".join(str(rank) for rank in sorted({rank for rank, _ in self._missing}))
                     raise RankError(-1, f"after {timeout_s:g} s these ranks have not arrived: {missing}")
-                self._change.wait(LOOK_S)
+                self._change.wait(POLL_INTERVAL_S)
                 if self._missing:
                     look()
             closed = self._closed

@@ -12,7 +12,7 @@ from typing import Any
 
 from shardit.errors import InputError
 
-ANSWER_S = 10.0
+CONNECT_TIMEOUT_S = 10.0
 
 
 class RayConnection:
@@ -122,4 +122,4 @@ def _check_answers(address: str | None) -> None:
     """Raise OSError if HOST:PORT does not answer: Ray itself would try for minutes."""
     host, _, port = (address or "").rpartition(":")
     if host and port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()

@@ -20,11 +20,11 @@ from shardit.engine.process.messages import SessionSpec
 from shardit.engine.process.placement import Report
 from shardit.errors import InputError, RankError
 
-RESOURCES_S = 60.0
+RESOURCES_TIMEOUT_S = 60.0
 """Default of SHARDIT_RAY_WAIT: longest wait for Ray to give the CPUs and GPUs, in seconds."""
-ARRIVE_S = 300.0
+ARRIVAL_TIMEOUT_S = 300.0
 """Time limit for the actors to start and their ranks to arrive, in seconds. They arrive before they load the model."""
-SHUTDOWN_S = 3.0
+SHUTDOWN_TIMEOUT_S = 3.0
 
 
 class RayPlacement:
@@ -78,7 +78,8 @@ class RayPlacement:
         self._stopped = True
         thread = threading.Thread(target=self._leave, daemon=True)
         thread.start()
-        thread.join(SHUTDOWN_S)  # Ray may wait for a node that does not answer; the end of this process ends it, too
+        # Ray may wait for a node that does not answer; the end of this process ends it, too.
+        thread.join(SHUTDOWN_TIMEOUT_S)
 
     def stacks(self) -> dict[int, str]:
         """See `Placement`."""
@@ -103,7 +104,7 @@ class RayPlacement:
             raise RankError(-1, "it has been stopped")
         spec = replace(spec, model=_wherever(spec.model))
         self._run_actors(ray, spec.model, size, per_node, gpus)
-        arrived = self._port.collect(ARRIVE_S, lambda: self._look(ray))
+        arrived = self._port.collect(ARRIVAL_TIMEOUT_S, lambda: self._look(ray))
         return join_all([arrived[rank, "rank"] for rank in range(size)], spec)
 
     def _reserve(self, ray: Any, per_node: int, gpus: bool) -> Any:
@@ -160,7 +161,7 @@ def _wherever(model: str) -> str:
 def _resources_wait() -> float:
     text = os.environ.get("SHARDIT_RAY_WAIT", "").strip()
     try:
-        seconds = float(text) if text else RESOURCES_S
+        seconds = float(text) if text else RESOURCES_TIMEOUT_S
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < 1e6:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from shardit.engine.process.channel import Channel, Closed
 from shardit.engine.process.failure import Failure
-from shardit.engine.process.fork_client import STOP_WAIT_S, ForkServerClient
+from shardit.engine.process.fork_client import STOP_TIMEOUT_S, ForkServerClient
 from shardit.engine.process.messages import SessionSpec
 from shardit.errors import RankError
 
@@ -90,5 +90,5 @@ class LocalPlacement:
         """See `Placement`."""
         with contextlib.suppress(OSError, EOFError):
             if self.fork_server is not None and self.fork_server.alive:
-                return self.fork_server.stacks(STOP_WAIT_S)
+                return self.fork_server.stacks(STOP_TIMEOUT_S)
         return {}

@@ -18,7 +18,7 @@ from shardit.engine.process.placement import Placement
 from shardit.engine.process.stacks import described, suspect
 from shardit.errors import InputError, RankError
 
-LAST_MESSAGE_S = 0.2
+LAST_MESSAGE_DELAY_S = 0.2
 """Time to wait, in seconds, for messages that a rank has sent before its process ended."""
 
 
@@ -199,7 +199,7 @@ class RankGroup:
         if failure.rank in self._closed:
             self._note(generation, failure)
         else:  # its last messages come first; a process that it has started may keep the connection open
-            self._loop.later(LAST_MESSAGE_S, self._note, generation, failure)
+            self._loop.later(LAST_MESSAGE_DELAY_S, self._note, generation, failure)
 
     def _disconnected(self, generation: int, rank: int) -> None:
         if generation == self._generation:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from shardit.engine.tasks.task import OnProgress, RequestBatcher
 
 
-TELL_S = 0.5
+REPORT_INTERVAL_S = 0.5
 """Shortest time between two reports of the use of caches, in seconds."""
 
 
@@ -29,9 +29,9 @@ class BatchPrograms:
         self._step: list[Progress] = []
         batcher.on_end, batcher.on_step, batcher.pause = self._ended, self._end_step, session.loop.yield_turn
         self._leads = session.leads
-        self._tells = session.leads and session.spec.of_server
-        self._told: tuple[int, int | None, int, int] = (0, None, 0, 0)
-        self._told_at = 0.0
+        self._reports = session.leads and session.spec.of_server
+        self._reported: tuple[int, int | None, int, int] = (0, None, 0, 0)
+        self._reported_at = 0.0
 
     def could_begin(self, active: int) -> bool:
         """Return whether another request could begin: always, as it joins a batch."""
@@ -49,15 +49,15 @@ class BatchPrograms:
 
     def next(self, active: int) -> Program | None:
         """Return the program of a new batch, if a request needs one."""
-        if self._tells and (not self._open or time.perf_counter() - self._told_at >= TELL_S):
-            self._tell_use()
+        if self._reports and (not self._open or time.perf_counter() - self._reported_at >= REPORT_INTERVAL_S):
+            self._report_use()
         return self.batcher.program()
 
-    def _tell_use(self) -> None:
-        use, self._told_at = self.batcher.cache_use, time.perf_counter()
-        if use != self._told:
-            self.outcomes.channel.send(CacheUse(*use[:2], use[2] - self._told[2], use[3] - self._told[3]))
-            self._told = use
+    def _report_use(self) -> None:
+        use, self._reported_at = self.batcher.cache_use, time.perf_counter()
+        if use != self._reported:
+            self.outcomes.channel.send(CacheUse(*use[:2], use[2] - self._reported[2], use[3] - self._reported[3]))
+            self._reported = use
 
     def finish(self, program: Program) -> None:
         """Report the requests that have failed with a program."""

@@ -44,8 +44,8 @@ from shardit.loading.missing import import_failure, missing_package
 
 PRELOAD = ("torch.distributed", "diffusers.pipelines.pipeline_utils", "transformers.modeling_utils")
 """Imports of every rank. The session's module may have its own PRELOAD, and its check imports more."""
-KILL_WAIT_S = 5.0
-STACK_WAIT_S = 0.5
+KILL_TIMEOUT_S = 5.0
+STACK_DUMP_S = 0.5
 
 
 def main(control_fd: int, parent: int) -> None:
@@ -189,7 +189,7 @@ class ForkServer:
             with contextlib.suppress(OSError):  # not there yet, or gone
                 os.truncate(self.directory / f"stack-{rank}", 0)
             os.kill(pid, signal.SIGUSR1)
-        time.sleep(STACK_WAIT_S)
+        time.sleep(STACK_DUMP_S)
         return Stacks({rank: (self.directory / f"stack-{rank}").read_text(errors="replace") for rank in self.pids})
 
     def kill(self, grace_s: float = 0.0) -> None:
@@ -200,7 +200,7 @@ class ForkServer:
         if self.pids:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.group, signal.SIGKILL)
-        self.reap(KILL_WAIT_S)
+        self.reap(KILL_TIMEOUT_S)
         self.pids, self.group = {}, 0
         if self.directory is not None:
             shutil.rmtree(self.directory, ignore_errors=True)

@@ -22,7 +22,7 @@ from shardit.settings.paths import check_name
 if TYPE_CHECKING:
     from shardit.engine.process.placement import Placement
 
-LEFT_BEHIND_S = 6.0
+PORT_RELEASE_TIMEOUT_S = 6.0
 """Seconds for the processes of a killed server to release the port."""
 
 _NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
@@ -36,7 +36,7 @@ def serve(options: ServeOptions, placement: Placement | None = None, grace_s: fl
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the supervisor sets its own handler
     with (
         locked(options.data_dir, grace_s) as was_killed,
-        listening(options.host, options.port, LEFT_BEHIND_S if was_killed else 0.0) as listener,
+        listening(options.host, options.port, PORT_RELEASE_TIMEOUT_S if was_killed else 0.0) as listener,
         api_process.started(listener) as api,  # it takes longest to import, so it begins before the rest is imported
     ):
         import sqlite3

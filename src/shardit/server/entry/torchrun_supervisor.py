@@ -13,7 +13,7 @@ from shardit.engine.nodes.rank_port import RankPort
 from shardit.engine.process.channel import Channel, Closed
 from shardit.engine.process.process import die_with_parent
 from shardit.errors import InputError
-from shardit.server.placement.torchrun import GRACE_S, Supervise, TorchrunPlacement
+from shardit.server.placement.torchrun import RELEASE_TIMEOUT_S, Supervise, TorchrunPlacement
 
 
 def main(control_fd: int, listener_fd: int, agent: int) -> int:
@@ -33,7 +33,7 @@ def main(control_fd: int, listener_fd: int, agent: int) -> int:
     placement = TorchrunPlacement(port, start.world_size)
     threading.Thread(target=_obey, args=(control, placement), daemon=True).start()
     try:
-        return serve(start.options, placement, GRACE_S if start.restarts else 0.0)
+        return serve(start.options, placement, RELEASE_TIMEOUT_S if start.restarts else 0.0)
     except InputError as error:
         placement.stop(2)
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)

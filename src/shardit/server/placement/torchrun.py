@@ -19,11 +19,11 @@ from shardit.server.options import ServeOptions
 
 RESTART = 75
 """Exit code of agents for a restart of all ranks; torchrun restarts on any code but 0."""
-ARRIVE_S = 900.0
+ARRIVAL_TIMEOUT_S = 900.0
 """Time limit for all ranks to arrive, in seconds. They arrive before they load the model."""
-AGAIN_S = 60.0
+RESTART_TIMEOUT_S = 60.0
 """Seconds that a supervisor waits to be stopped when ranks are restarted."""
-GRACE_S = 20.0
+RELEASE_TIMEOUT_S = 20.0
 """Seconds that a supervisor waits for its predecessor to release the data folder and the port."""
 
 
@@ -57,10 +57,10 @@ class TorchrunPlacement:
     def start(self, spec: SessionSpec, report: Report) -> list[Channel]:
         """See `Placement`. Processes on other machines are not monitored: only a closed connection is noticed."""
         if self._started:
-            self._over.wait(AGAIN_S)
+            self._over.wait(RESTART_TIMEOUT_S)
             raise RankError(-1, "torchrun has not restarted the ranks")
         self._started = True
-        arrived = self._port.collect(ARRIVE_S)
+        arrived = self._port.collect(ARRIVAL_TIMEOUT_S)
         self._control_channels = [arrived[rank, "agent"].channel for rank in range(self._size)]
         return join_all([arrived[rank, "rank"] for rank in range(self._size)], spec)
 

@@ -166,7 +166,7 @@ class Dispatcher:
             self.ends.again_or_never(running.job, why.text, died=died and not running.ahead, alone=alone)
         self.running.clear()
 
-    def look_after(self) -> None:
+    def check(self) -> None:
         """Find unreported problems: hanging ranks, lost messages, a disk with free space again. To be called a few
         times per second."""
         with self.ends.tolerant():

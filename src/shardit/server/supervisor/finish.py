@@ -19,7 +19,7 @@ from shardit.server.supervisor.result_files import write_results
 
 MAX_DEATHS_ALONE = 3
 """Number of deaths of ranks while a job runs alone, after which the job fails."""
-SAY_AGAIN_S = 10.0
+LOG_INTERVAL_S = 10.0
 
 
 class JobFinisher:
@@ -33,7 +33,7 @@ class JobFinisher:
         self.writing: dict[str, Future[Any]] = {}
         """By job id: results being written."""
         self._unwritten: list[Callable[[], None]] = []
-        self._said_at = -SAY_AGAIN_S
+        self._logged_at = -LOG_INTERVAL_S
 
     @property
     def all_written(self) -> bool:
@@ -125,8 +125,8 @@ class JobFinisher:
         try:
             yield
         except (sqlite3.Error, OSError) as error:
-            if time.monotonic() - self._said_at >= SAY_AGAIN_S:
-                self._said_at = time.monotonic()
+            if time.monotonic() - self._logged_at >= LOG_INTERVAL_S:
+                self._logged_at = time.monotonic()
                 self._log.error("store_failed", error=str(error))
 
 

@@ -20,11 +20,11 @@ from shardit.engine.process.placement import LocalPlacement
 from shardit.engine.process.rank_group import RankGroup
 from shardit.training.run.messages import Began, Ended, Stop, TrainSpec
 
-LOOK_EVERY_S = 0.2
-GRACE_S = 5.0
+POLL_INTERVAL_S = 0.2
+STOP_GRACE_S = 5.0
 """Grace period of ranks at the end of a run, or after a request to end."""
 
-ONE_SIGNAL_S = 2.0
+SIGNAL_WINDOW_S = 2.0
 """Time in which several signals are one."""
 
 
@@ -40,7 +40,7 @@ class LocalRun:
         self._failure: Failure | None = None
         self._began, self._asked = False, 0
         self._ended: dict[int, Ended] = {}
-        self._loop = Loop(lambda: None, LOOK_EVERY_S)
+        self._loop = Loop(lambda: None, POLL_INTERVAL_S)
         self.placement = LocalPlacement(spec.timeout_s)
         self.group = RankGroup(
             spec,
@@ -61,7 +61,7 @@ class LocalRun:
             if self._failure is not None:
                 raise self._failure.error()
             self.group.leave()
-            self.placement.kill(GRACE_S)
+            self.placement.kill(STOP_GRACE_S)
             return self._ended[0].early
         finally:
             self.group.stop()
@@ -114,11 +114,11 @@ class StopRequest:
     def signal(self, number: int) -> None:
         """Take a signal. Ctrl-C arrives from the terminal and from torchrun, at nearly the same time."""
         now = time.monotonic()
-        if not self._began or (self._since is not None and now - self._since > ONE_SIGNAL_S):
+        if not self._began or (self._since is not None and now - self._since > SIGNAL_WINDOW_S):
             raise KeyboardInterrupt
         if self._since is None and number == signal.SIGTERM:
             # torchrun sends it also if another rank has died, for which this one would wait.
-            end = threading.Timer(GRACE_S, os._exit, (INTERRUPTED,))
+            end = threading.Timer(STOP_GRACE_S, os._exit, (INTERRUPTED,))
             end.daemon = True
             end.start()
         self._since = self._since or now

@@ -12,7 +12,7 @@ from shardit.server.http.schema.job_errors import is_clients_fault, job_error
 from shardit.server.http.state.context import Context
 from shardit.server.jobs.job import Job
 
-LOOK_S = 1.0
+POLL_INTERVAL_S = 1.0
 """Longest time between two looks into the store, in seconds: notifications may be lost, jobs may not."""
 
 
@@ -30,7 +30,7 @@ async def until_ended(request: Request, context: Context, job: Job) -> Job:
                     raise busy("the server is about to end; send the request again later", 5, "stopping")
                 if gone.done():
                     raise ClientGone
-                news = asyncio.ensure_future(watch.news(LOOK_S))
+                news = asyncio.ensure_future(watch.news(POLL_INTERVAL_S))
                 await asyncio.wait({news, gone}, return_when=asyncio.FIRST_COMPLETED)
                 news.cancel()
                 found = await run_in_threadpool(context.store.get, job.id)

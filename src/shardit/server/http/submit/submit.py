@@ -37,7 +37,7 @@ from shardit.server.jobs.job_request import build_request
 from shardit.server.options import ServeOptions
 from shardit.server.unservable import unservable
 
-_LOADING_RETRY_S = 5.0
+_RETRY_AFTER_S = 5.0
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
 
@@ -107,13 +107,13 @@ async def submit_job(
 def check_open(context: Context) -> None:
     """Raise ApiError if the server is about to stop."""
     if context.live_state.stopping:
-        raise busy("the server is about to stop; try again later", _LOADING_RETRY_S, "stopping")
+        raise busy("the server is about to stop; try again later", _RETRY_AFTER_S, "stopping")
 
 
 def not_known() -> ApiError:
     """Return the error while nothing is known of the model."""
     text = "the model is being loaded, and its files do not say what it takes; try again soon"
-    return busy(text, _LOADING_RETRY_S, "loading")
+    return busy(text, _RETRY_AFTER_S, "loading")
 
 
 def owner(request: Request) -> str | None:

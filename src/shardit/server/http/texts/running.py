@@ -14,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from shardit.engine.streaming import Pieces
 from shardit.language.request.outputs import CompletionChunk, RowResult
 from shardit.server.estimate import NO_WORK
-from shardit.server.http.answers.waiting import LOOK_S, ClientGone, check_completed, client_gone, until_ended
+from shardit.server.http.answers.waiting import POLL_INTERVAL_S, ClientGone, check_completed, client_gone, until_ended
 from shardit.server.http.schema.errors import ApiError, busy
 from shardit.server.http.state.context import Context
 from shardit.server.http.submit.submit import store_job
@@ -109,7 +109,7 @@ class TextJob:
     async def _news(self, gone: asyncio.Future[None]) -> None:
         if self._context.live_state.stopping:
             raise busy("the server is about to end; send the request again later", 5, "stopping")
-        await self._watch.news(LOOK_S)
+        await self._watch.news(POLL_INTERVAL_S)
         if gone.done():
             raise ClientGone
 

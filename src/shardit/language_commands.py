@@ -43,17 +43,17 @@ def complete(flags: CompleteFlags) -> None:
                 print(piece.text, end="", flush=True)
                 reason, count = piece.finish_reason, count + len(piece.token_ids)
             print()
-            return _say_if_cut(flags, [(reason, count)])
+            return _note_truncation(flags, [(reason, count)])
         outputs = llm.generate(prompts, params)
         if flags.json:
             print(json.dumps([dataclasses.asdict(one) for one in outputs], ensure_ascii=False))
         for output in () if flags.json else outputs:
             print(output.outputs[0].text)
-        _say_if_cut(flags, [(one.outputs[0].finish_reason, len(one.outputs[0].token_ids)) for one in outputs])
+        _note_truncation(flags, [(one.outputs[0].finish_reason, len(one.outputs[0].token_ids)) for one in outputs])
     return None
 
 
-def _say_if_cut(flags: CompleteFlags, ends: Sequence[tuple[str | None, int]]) -> None:
+def _note_truncation(flags: CompleteFlags, ends: Sequence[tuple[str | None, int]]) -> None:
     """Say so if a text ended because the model had no room for --max-tokens. ends: reason and tokens of each text."""
     fewest = min((count for reason, count in ends if reason == "length"), default=None)
     if flags.max_tokens is not None and fewest is not None and fewest < flags.max_tokens:

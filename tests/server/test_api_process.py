@@ -158,7 +158,7 @@ def kept(tmp_path: Path) -> Iterator[Kept]:
         one = Kept(tmp_path, listener)
         one.api.start()
         yield one
-        one.api.leave()
+        one.api.terminate()
         one.api.stop()
 
 

@@ -78,7 +78,7 @@ def test_jobs_cancelled_while_they_wait_are_counted(store: Store, tmp_path: Path
         store.start(running)
         store.request_cancel(running)  # which the dispatcher counts when the ranks have let go
         assert cancelled() == 2
-        supervisor.jobs.ends.end(supervisor.store.in_progress()[0], "cancelled")
+        supervisor.jobs.finisher.end(supervisor.store.in_progress()[0], "cancelled")
         assert cancelled() == 3
         store.start(lost)
         store.request_cancel(lost)

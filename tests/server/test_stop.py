@@ -38,7 +38,7 @@ Supervisor.run = patched
 
 STUCK_WRITER = """
 def prepare(self):
-    self.jobs.ends.writing["image_x"] = self.writers.submit(time.sleep, 100)
+    self.jobs.finisher.writing["image_x"] = self.writers.submit(time.sleep, 100)
 """
 
 STUCK_LOOP = """
@@ -96,7 +96,7 @@ def test_endless_write_does_not_block_the_exit(tmp_path: Path) -> None:
 def test_forced_exit_of_a_stuck_process(tmp_path: Path, stuck: str) -> None:
     store = Store(tmp_path)
     job = store.accept(NewJob("image", {"prompt": "a cat"}, 1, 1.0), queue_size=1)[0]
-    assert "ended_by_force" in end_of(stuck, tmp_path).stderr
+    assert "forced_exit" in end_of(stuck, tmp_path).stderr
     assert store.queued() == [job]
     store.close()
 

@@ -129,8 +129,8 @@ class TracedCall:
         differ = checked_barrier(self.comm, what)
         if differ is not None:
             raise UnsupportedError(
-                f"the forward does not take the same course on every rank: {differ}, outside the blocks, where data of "
-                "a block of another rank may be missing"
+                f"the forward does not have the same control flow on every rank: {differ}, outside the blocks, where "
+                "data of a block of another rank may be missing"
             )
         self._shared = isinstance(what, Exception)  # then all have failed, each with its own error
 

@@ -75,7 +75,7 @@ class FirstCalls:
         self.left = self._state(call)
         self.cut.generators = self.left.generators()
         local, deciding = LocalPlan.of(plan, self.runtime.comm.rank), traced.trace.deciding
-        mode = call.mode_key(code), plan.course if deciding else None
+        mode = call.mode_key(code), plan.path if deciding else None
         if mode not in self.checked and self.runtime.comm.size > 1:
             self._self_check(local, forward, call.again(), out, before)
             restore(self.left.outside())
@@ -130,7 +130,7 @@ class FirstCalls:
             still = differences(after, later, rewritten=True) + unversioned_writes(before, after)
             still += changed[1] if not same_bits(out, again) else []
             anew = tables(after, later, {part for _, block in self.cut.blocks for part in block.modules()})
-        except UnsupportedError:  # the same call takes another course, on every rank
+        except UnsupportedError:  # the same call takes another path, on every rank
             still = [*changed[0], *changed[1]]
         restore(after.outside())
         found = comm.group.gather_objects((still, changed[1], [*anew]))
@@ -159,7 +159,7 @@ class FirstCalls:
                     (call.args, call.kwargs),
                     lambda: unset.extend(name for name, table in anew.items() if table.is_unset),
                 )
-        except UnsupportedError:  # it takes another course, on every rank
+        except UnsupportedError:  # it takes another path, on every rank
             return [*anew]
         finally:
             for table in anew.values():

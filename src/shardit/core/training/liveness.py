@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from shardit.core.plans.call_plan import Address
 from shardit.core.plans.trace import Event, Trace
-from shardit.core.training.course import CutTensor, Look
+from shardit.core.training.loss_plan import CutTensor, Layout
 from shardit.errors import UnsupportedError
 
 
@@ -18,15 +18,15 @@ from shardit.errors import UnsupportedError
 class Liveness:
     """The storages that are live across each cut.
 
-    looks: layouts at handles. learns: whether each call site has a block with trainable parameters. home: segment of
-    the last write to a storage. born: storages that code outside blocks or a block created with data of a block. early:
+    layouts: at handles. learns: whether each call site has a block with trainable parameters. home: segment of the
+    last write to a storage. born: storages that code outside blocks or a block created with data of a block. early:
     storages that a receiver needs before the cut, since its code makes others of them again. rewrites: segments of
     later writes, and whether a block made them. grads: storages that may require a gradient.
     """
 
     trace: Trace
     segments: list[tuple[int, int]]
-    looks: dict[Address, Look]
+    layouts: dict[Address, Layout]
     learns: list[bool]
     grads: set[int]
     home: dict[int, int] = field(default_factory=dict)
@@ -84,13 +84,13 @@ class Liveness:
         site = self.trace.created.get(storage)
         handles = [one for one in self.trace.handles.get(storage, ()) if one.site <= last]
         if site is not None:
-            views = {self.looks[one]: one for one in reversed(handles) if one.kind == "out" and one.site == site}
+            views = {self.layouts[one]: one for one in reversed(handles) if one.kind == "out" and one.site == site}
             if len(views) > 1 and rewrites:
                 raise self._refusal(storage, k)
             late = any(segment <= k and not block for segment, block in rewrites)
             return [self._item(one, storage, late, rewritten) for one in sorted(views.values(), key=_place)]
         again = not rewrites and storage in self.born
-        whole = [one for one in handles if self.looks[one].is_whole]
+        whole = [one for one in handles if self.layouts[one].is_whole]
         if whole and not (again and storage in self.early):
             return [self._item(whole[0], storage, True, rewritten)]
         if not again:
@@ -101,9 +101,9 @@ class Liveness:
         return []
 
     def _item(self, address: Address, storage: int, late: bool, rewritten: bool) -> CutTensor:
-        look = self.looks[address]
-        differentiable = storage in self.grads and (look.dtype.is_floating_point or look.dtype.is_complex)
-        return CutTensor(address, look, late, rewritten, differentiable)
+        layout = self.layouts[address]
+        differentiable = storage in self.grads and (layout.dtype.is_floating_point or layout.dtype.is_complex)
+        return CutTensor(address, layout, late, rewritten, differentiable)
 
     def _refusal(self, storage: int, k: int) -> UnsupportedError:
         site = self.trace.created.get(storage)

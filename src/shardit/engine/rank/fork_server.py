@@ -130,14 +130,14 @@ class ForkServer:
                 warnings.simplefilter("ignore", DeprecationWarning)  # "multi-threaded, use of fork()": not true here
                 pid = os.fork()
             if pid == 0:
-                self.become_rank(message, rank, fds)
+                self.run_forked_rank(message, rank, fds)
             self.pids[rank] = pid
             self.group = self.group or pid
             join_group(pid, self.group)
         for fd in fds:
             os.close(fd)
 
-    def become_rank(self, message: Start, rank: int, fds: list[int]) -> None:
+    def run_forked_rank(self, message: Start, rank: int, fds: list[int]) -> None:
         """In the forked process: release the resources of the fork server and run the rank. Never returns."""
         code = 1
         try:

@@ -29,9 +29,9 @@ from shardit.engine.process.process import command, die_with_parent
 from shardit.engine.rank.fork_server import join_group
 from shardit.errors import InputError, RankError
 from shardit.server.options import ServeOptions
-from shardit.server.placement.torchrun import RESTART, Leave, Supervise
+from shardit.server.placement.torchrun import RESTART, Exit, Supervise
 from shardit.server.placement.torchrun_env import LOOPBACK, RankEnv, hosts_of
-from shardit.server.placement.torchrun_rank import be_rank, end_with
+from shardit.server.placement.torchrun_rank import exit_with_agent, run_rank
 
 EXIT_CODE_TIMEOUT_S = 5.0
 """Seconds for the supervisor to send the exit code after the end of a rank, or a signal."""
@@ -123,7 +123,7 @@ class Agent:
             try:
                 ours.close()
                 self._become_rank(Channel(theirs), agent)
-                code = be_rank(self.options, self.rank_env, endpoint, Channel(theirs))
+                code = run_rank(self.options, self.rank_env, endpoint, Channel(theirs))
             except (InputError, RankError) as error:
                 print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             except BaseException as error:
@@ -150,7 +150,7 @@ class Agent:
             self.control.close()
         for end in (self._wakeup, self._woken):
             end.close()
-        threading.Thread(target=end_with, args=(to_agent.socket,), daemon=True).start()
+        threading.Thread(target=exit_with_agent, args=(to_agent.socket,), daemon=True).start()
 
     # Waiting.
 
@@ -201,7 +201,7 @@ class Agent:
             return
         if self.control is not None:
             with contextlib.suppress(Closed, OSError):
-                self.control.send(Leave(0))
+                self.control.send(Exit(0))
             self._end_by(SUPERVISOR_STOP_TIMEOUT_S, 0)
         else:
             self._end_by(EXIT_CODE_TIMEOUT_S, 128 + number)
@@ -236,7 +236,7 @@ class Agent:
         if self.supervisor is not None:
             with contextlib.suppress(Closed, OSError):
                 assert self.control is not None
-                self.control.send(Leave(code))
+                self.control.send(Exit(code))
             try:
                 self.supervisor.wait(SUPERVISOR_STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:

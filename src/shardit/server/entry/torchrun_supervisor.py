@@ -44,6 +44,6 @@ def _obey(control: Channel, placement: TorchrunPlacement) -> None:
     """Stop on the agent's message; if the agent has exited, at once: unfinished work is done again later."""
     with contextlib.suppress(Closed, OSError):
         while True:
-            placement.leave(control.recv().code)
+            placement.exit_agents(control.recv().code)
             os.kill(os.getpid(), signal.SIGTERM)
     os._exit(1)

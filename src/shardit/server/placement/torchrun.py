@@ -38,7 +38,7 @@ class Supervise:
 
 
 @dataclass(frozen=True)
-class Leave:
+class Exit:
     """From the supervisor to agents: exit with this code; from the agent of rank 0: make all agents exit."""
 
     code: int
@@ -50,7 +50,7 @@ class TorchrunPlacement:
     def __init__(self, port: RankPort, world_size: int):
         self._port, self._size = port, world_size
         self._control_channels: list[Channel] = []
-        self._left = threading.Lock()
+        self._exit_sent = threading.Lock()
         self._started = False
         self._over = threading.Event()
 
@@ -67,23 +67,23 @@ class TorchrunPlacement:
     def kill(self, grace_s: float = 0.0) -> None:
         """See `Placement`. This ends the supervisor too: its successor continues with its jobs."""
         if self._started:
-            self.leave(RESTART)
+            self.exit_agents(RESTART)
             os.kill(os.getpid(), signal.SIGTERM)
 
     def stop(self, code: int = 0) -> None:
         """See `Placement`."""
         self._over.set()
-        self.leave(code)
+        self.exit_agents(code)
         self._port.close()
 
     def stacks(self) -> dict[int, str]:
         """See `Placement`."""
         return {}
 
-    def leave(self, code: int) -> None:
+    def exit_agents(self, code: int) -> None:
         """Make all agents exit with `code`; the first call counts. 0 becomes RESTART if an agent is gone already:
         torchrun, which noticed, is about to restart all and has therefore sent a signal to end."""
-        if not self._left.acquire(blocking=False):
+        if not self._exit_sent.acquire(blocking=False):
             return
         if (
             code == 0
@@ -94,4 +94,4 @@ class TorchrunPlacement:
         for control_channel in self._control_channels:
             with contextlib.suppress(Closed, OSError):
                 control_channel.socket.settimeout(1.0)
-                control_channel.send(Leave(code))
+                control_channel.send(Exit(code))

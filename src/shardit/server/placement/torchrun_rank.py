@@ -34,7 +34,7 @@ CONNECT_TIMEOUT_S = 60.0
 _kept: list[Any] = []  # without torchrun's own store rank 0 is its server, until the process ends
 
 
-def be_rank(options: ServeOptions, rank_env: RankEnv, endpoint: Endpoint | None, agent: Channel) -> int:
+def run_rank(options: ServeOptions, rank_env: RankEnv, endpoint: Endpoint | None, agent: Channel) -> int:
     """In the forked process: find the supervisor, send its address to the agent, and work. endpoint: known on rank
     0."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it logs every optional package that is missing
@@ -51,7 +51,7 @@ def be_rank(options: ServeOptions, rank_env: RankEnv, endpoint: Endpoint | None,
     return rank.work(rank_env.world_size, threads_per_rank(rank_env.local_size))
 
 
-def end_with(sock: socket.socket) -> None:
+def exit_with_agent(sock: socket.socket) -> None:
     """In the rank, if the kernel cannot do it: exit when the agent is gone."""
     with contextlib.suppress(OSError):
         sock.recv(1)

@@ -27,8 +27,7 @@ MAX_BACKLOG = 1000
 """Number of unread messages above which an API process gets no more steps."""
 STABLE_AFTER_S = 5.0
 """An API process that lived for so many seconds is restarted at once when it exits."""
-MAX_RESTART_DELAY_S = 10.0
-STOP_TIMEOUT_S = 2.0
+MAX_DELAY_S, STOP_TIMEOUT_S = 10.0, 2.0
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ class ApiProcess:
         self._pipe: Pipe | None = None
         self._heartbeat: Heartbeat | None = None
         self._started_at = 0.0
-        self._restart_delay_s = 0.0
+        self._delay_s = 0.0
         self._retry_at = 0.0
         self._kill_at = 0.0
         self.unable = False
@@ -126,20 +125,21 @@ class ApiProcess:
             self._heartbeat = None
             self._process.kill()
         if self._process is not None and (code := self._process.poll()) is not None:
-            longer = min(MAX_RESTART_DELAY_S, 2 * self._restart_delay_s + 0.25)
-            self._restart_delay_s = 0.0 if now - self._started_at > STABLE_AFTER_S else longer
+            self._delay_s = (
+                0.0 if now - self._started_at > STABLE_AFTER_S else min(MAX_DELAY_S, 2 * self._delay_s + 0.25)
+            )
             reason = describe_exit(code) if self._heartbeat is not None else "ended as it hung"
-            self._log.warning("api_process_ended", reason=reason, retry_in_s=self._restart_delay_s)
+            self._log.warning("api_process_ended", reason=reason, retry_in_s=self._delay_s)
             self.unable = code == UNABLE and self._process is self._first.process
-            self._process, self._retry_at = None, now + self._restart_delay_s
+            self._process, self._retry_at = None, now + self._delay_s
             if self._pipe is not None:
                 self._pipe.close()
         if self._process is None and now >= self._retry_at and not self.unable:
             try:
                 self._begin(start(self._listener))
             except OSError as error:  # no memory, no process numbers
-                self._retry_at = now + MAX_RESTART_DELAY_S
-                self._log.error("api_process_not_started", reason=str(error), retry_in_s=MAX_RESTART_DELAY_S)
+                self._retry_at = now + MAX_DELAY_S
+                self._log.error("api_process_not_started", reason=str(error), retry_in_s=MAX_DELAY_S)
 
     def _received(self, heartbeat: Heartbeat, message: Any) -> None:
         # In the thread that reads: an answer counts even if the loop is busy.
@@ -148,14 +148,14 @@ class ApiProcess:
         else:
             self._loop.call(self._on_message, message)
 
-    def leave(self) -> None:
+    def terminate(self) -> None:
         """Ask it to finish its answers and exit."""
         if self._process is not None:
             self._kill_at = time.monotonic() + STOP_TIMEOUT_S
             self._process.terminate()
 
     def stop(self) -> None:
-        """Wait until it has exited, after `leave`; kill it some seconds after that."""
+        """Wait until it has exited, after `terminate`; kill it some seconds after that."""
         if self._process is None:
             return
         try:

@@ -44,9 +44,8 @@ class ForcedExit:
             self._end(signals[0])
 
     def _end(self, number: int) -> None:
-        thread = threading.Thread(
-            target=self._log.error, args=("ended_by_force",), daemon=True
-        )  # the log may be stuck, too
+        # In a thread: the log may be stuck, too.
+        thread = threading.Thread(target=self._log.error, args=("forced_exit",), daemon=True)
         thread.start()
         thread.join(LOG_TIMEOUT_S)
         os._exit(exit_code(number))

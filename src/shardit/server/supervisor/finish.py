@@ -84,27 +84,27 @@ class JobFinisher:
 
         self.safely(write)
 
-    def put_back(self, job: Job, *, died: bool = False, alone: bool = False) -> None:
-        """Queue a job again, see `Store.put_back`; one that is to be cancelled ends."""
+    def requeue(self, job: Job, *, died: bool = False, alone: bool = False) -> None:
+        """Queue a job again, see `Store.requeue`; one that is to be cancelled ends."""
 
         def back() -> None:
-            if self._store.put_back(job.id, died=died, alone=alone):
+            if self._store.requeue(job.id, died=died, alone=alone):
                 self._notify(Changed(job.id))
             else:
                 self.end(job, "cancelled")
 
         self.safely(back)
 
-    def again_or_never(self, job: Job, reason: str, *, died: bool, alone: bool) -> None:
+    def retry_or_fail(self, job: Job, reason: str, *, died: bool, alone: bool) -> None:
         """Queue a job again after the loss of its ranks, unless they have died too often while it ran alone."""
         if died and alone and job.deaths_alone + 1 >= MAX_DEATHS_ALONE:
             last = reason.splitlines()[0]
             text = f"the ranks died {MAX_DEATHS_ALONE} times while this job ran alone; the last time: {last}"
             self.end(job, "failed", error=failure("ranks_died", text))
         else:
-            self.put_back(job, died=died, alone=alone)
+            self.requeue(job, died=died, alone=alone)
 
-    def write_again(self) -> None:
+    def retry_writes(self) -> None:
         """Retry failed writes."""
         tasks, self._unwritten = self._unwritten, []
         for task in tasks:

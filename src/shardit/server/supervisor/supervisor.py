@@ -33,7 +33,7 @@ from shardit.server.supervisor.silence_limit import TIMES_SLOWEST
 LOAD_TIMEOUT_S = 3600.0
 _MODEL = "model"
 """Name in the store for the model of its jobs."""
-MAX_RESTART_DELAY_S = 30.0
+MAX_DELAY_S = 30.0
 MAX_FIRST_STARTS = 5
 """Starts of ranks that have never been up, before the server gives up; later on it keeps trying."""
 STOP_TIMEOUT_S = 7.0
@@ -82,7 +82,7 @@ class Supervisor:
         self._started = time.monotonic()
         self._was_up = False
         self._failed_starts = 0
-        self._restart_delay_s = 0.0
+        self._delay_s = 0.0
         self._start_ranks_at: float | None = None
         self._retain_at = 0.0
         self._api_starts = 0
@@ -159,7 +159,7 @@ class Supervisor:
 
     def on_up(self, infos: list[Any]) -> None:
         """Handle ranks that have loaded."""
-        self._was_up, self._restart_delay_s = True, 0.0
+        self._was_up, self._delay_s = True, 0.0
         self.log.info("ranks_ready", seconds=round(time.monotonic() - self._started, 3))
         self._set("ready", info=infos[0])
         self.jobs.ready(infos)
@@ -178,9 +178,9 @@ class Supervisor:
         self._started = time.monotonic()
         self._set("restarting", reason=down.text.splitlines()[0], restarts=self.state.restarts + 1)
         self.jobs.down(down)
-        self._restart_delay_s = 0.0 if came_up else min(MAX_RESTART_DELAY_S, 2 * self._restart_delay_s + 1.0)
-        self._start_ranks_at = time.monotonic() + self._restart_delay_s
-        if not self._restart_delay_s:
+        self._delay_s = 0.0 if came_up else min(MAX_DELAY_S, 2 * self._delay_s + 1.0)
+        self._start_ranks_at = time.monotonic() + self._delay_s
+        if not self._delay_s:
             self.tick()
 
     def on_rank_message(self, rank: int, message: Any) -> None:
@@ -227,15 +227,15 @@ class Supervisor:
     def end(self) -> None:
         """Stop all processes, within ten seconds. Part of this time is left for results that are being written."""
         deadline = time.monotonic() + STOP_TIMEOUT_S
-        self.api.leave()
+        self.api.terminate()
         self.rank_group.stop(0 if self.asked_to_stop else 2 if isinstance(self.error, InputError) else 1)
         self.api.stop()  # before a write to the store, which a stopped process may have locked
-        self.jobs.put_all_back()
-        while self.jobs.ends.writing and time.monotonic() < deadline:
+        self.jobs.requeue_all()
+        while self.jobs.finisher.writing and time.monotonic() < deadline:
             self.loop.step(0.1)
         self.writers.shutdown(wait=False, cancel_futures=True)
         self.store.close()
-        if writing := self.jobs.ends.writing:  # Python would wait for these threads; their jobs run again
+        if writing := self.jobs.finisher.writing:  # Python would wait for these threads; their jobs run again
             self.log.warning("results_not_written", jobs=list(writing))
             os._exit(self.code)
 
@@ -260,8 +260,7 @@ def spec_of(options: ServeOptions, slots: int, session: str) -> SessionSpec:
         dtype=options.dtype,
         device=options.device,
         max_in_flight=options.config.pipeline_parallel_size if options.of_language else slots,
-        # The decision of `HangDetector` comes first.
-        timeout_s=TIMES_SLOWEST * options.step_timeout_s + RANK_TIMEOUT_MARGIN_S,
+        timeout_s=TIMES_SLOWEST * options.step_timeout_s + RANK_TIMEOUT_MARGIN_S,  # `HangDetector` decides first
         task=options.task,
         session=session,
         attention_backend=options.attention_backend,

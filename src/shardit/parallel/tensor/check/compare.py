@@ -21,7 +21,7 @@ from shardit.core.runtime.randomness import States, is_generator, moved, set_sta
 from shardit.errors import RankError
 from shardit.parallel.tensor.plan import TensorPlan
 from shardit.parallel.tensor.rules import HEAD_COUNTS
-from shardit.parallel.tensor.whole import whole_for_now
+from shardit.parallel.tensor.whole import temporarily_whole
 
 CLOSE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1.6e-2}
 """Largest relative L2 difference between the result on slices and the whole result. Wrong heads give 0.1 and more, sums
@@ -115,7 +115,7 @@ class Comparison:
         restore(before)
         self._set_random_state(generators)
         try:
-            with whole_for_now(self.model, self.name, self.plan, self.ranks):
+            with temporarily_whole(self.model, self.name, self.plan, self.ranks):
                 start = state_of(unit, self._given)  # with whole weights
                 out = self._run(unit, args, kwargs, together=False)
                 self._sums += new_values(start, state_of(unit, self._given))

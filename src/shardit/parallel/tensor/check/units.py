@@ -28,9 +28,9 @@ from shardit.core.runtime.digests import checksum
 from shardit.core.runtime.flat_call import modes
 from shardit.core.runtime.numbers_seen import NumbersSeen
 from shardit.core.runtime.pending import materialize
-from shardit.core.runtime.yielding import undisturbed, yielding_coroutine
+from shardit.core.runtime.yielding import without_yielding, yielding_coroutine
 from shardit.errors import UnsupportedError
-from shardit.parallel.attention.hook import attention_is_taken
+from shardit.parallel.attention.hook import attention_is_intercepted
 from shardit.parallel.block_signature import fingerprint, value_key
 from shardit.parallel.tensor.check.compare import Comparison, is_agent
 from shardit.parallel.tensor.check.kept import exposing_attribute
@@ -38,7 +38,7 @@ from shardit.parallel.tensor.heads import join
 from shardit.parallel.tensor.plan import TensorPlan
 from shardit.parallel.tensor.processors import adopt_processors, attentions_in, mark_cut
 from shardit.parallel.tensor.rules import Family
-from shardit.parallel.tensor.whole import whole_for_good
+from shardit.parallel.tensor.whole import make_whole
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ class Checks:
     def call(self, unit: Any, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call of a pending unit; `plain` is its own forward."""
         name = vars(unit)[NAME]
-        if self.comparing or attention_is_taken():
+        if self.comparing or attention_is_intercepted():
             return plain(unit, *args, **kwargs)
         self.pending.discard(name)
         leaves, spec = tree_flatten((args, kwargs))
@@ -128,7 +128,7 @@ class Checks:
             return plain(unit, *args, **kwargs)
         self.comparing = True
         try:
-            with undisturbed():  # no other call may use modules that are temporarily whole
+            with without_yielding():  # no other call may use modules that are temporarily whole
                 return self._compared(unit, name, kind, plain, args, kwargs)
         finally:
             self.comparing = False
@@ -181,7 +181,7 @@ class Checks:
             text = f"{self.title}: {name} {why}, and other layers take its keys: use tensor_parallel_size=1"
             raise UnsupportedError(text)
         for other in alike:
-            whole_for_good(self.model, other, self.plan, self.ranks)
+            make_whole(self.model, other, self.plan, self.ranks)
             self.plan.units.remove(other)
             self.pending.discard(other)
             self.whole[other] = why

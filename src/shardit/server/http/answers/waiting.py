@@ -41,7 +41,7 @@ async def until_ended(request: Request, context: Context, job: Job) -> Job:
     except (ClientGone, asyncio.CancelledError):
         if job.waits:
             await asyncio.shield(run_in_threadpool(context.store.request_cancel, job.id))
-            context.live_state.changed_here(job.id)
+            context.live_state.mark_changed(job.id)
         raise
     finally:
         gone.cancel()

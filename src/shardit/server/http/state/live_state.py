@@ -147,7 +147,7 @@ class LiveState:
             if not watches:
                 del self._watches[job_id]
 
-    def changed_here(self, job_id: str) -> None:
+    def mark_changed(self, job_id: str) -> None:
         """Note that this process itself has changed the job in the store."""
         self._ring(job_id)
         self.wake()

@@ -91,7 +91,7 @@ def texts_of(context: Context) -> TextModel:
     return context.texts
 
 
-async def ask_completion(request: Request, context: Context) -> TextSubmission:
+async def completion_submission(request: Request, context: Context) -> TextSubmission:
     """Read and check a request to continue prompts. Raises ApiError."""
     values = await read_fields(request, context, context.text_fields.completion)
     _check_completion(values)
@@ -116,7 +116,7 @@ def _check_completion(values: Mapping[str, Any]) -> None:
         raise ApiError(400, f"{name} {problem}", code="unsupported_value", param=name)
 
 
-async def ask_chat(request: Request, context: Context) -> TextSubmission:
+async def chat_submission(request: Request, context: Context) -> TextSubmission:
     """Read and check a request to answer a conversation. Raises ApiError."""
     values = await read_fields(request, context, context.text_fields.chat)
     most = values.pop("max_completion_tokens", None)

@@ -27,7 +27,7 @@ _COMMAND = re.compile(r"/[\w-]*")  # a path or a sentence is for the model
 def chat(flags: ChatFlags) -> None:
     """Talk with a language model; it answers word by word."""
     with _opened(flags) as llm:
-        _say(COMMANDS, sys.stdin.isatty())
+        _print_note(COMMANDS, sys.stdin.isatty())
         Conversation(llm, flags).run()
 
 
@@ -57,7 +57,7 @@ def _note_truncation(flags: CompleteFlags, ends: Sequence[tuple[str | None, int]
     """Say so if a text ended because the model had no room for --max-tokens. ends: reason and tokens of each text."""
     fewest = min((count for reason, count in ends if reason == "length"), default=None)
     if flags.max_tokens is not None and fewest is not None and fewest < flags.max_tokens:
-        _say(f"note: the model had room for {fewest} of --max-tokens {flags.max_tokens}", True)
+        _print_note(f"note: the model had room for {fewest} of --max-tokens {flags.max_tokens}", True)
 
 
 def _standard_input() -> str:
@@ -74,10 +74,10 @@ def _opened(flags: LanguageFlags) -> LLM:
         raise InputError("chat and complete start their ranks: run them without torchrun")
     from shardit import LLM
 
-    _say(f"loading {flags.model} ...", sys.stderr.isatty())
+    _print_note(f"loading {flags.model} ...", sys.stderr.isatty())
     llm = LLM(**flags.llm_arguments())
     for note in llm.notes:
-        _say(f"note: {note}", True)
+        _print_note(f"note: {note}", True)
     return llm
 
 
@@ -89,7 +89,7 @@ def _recommended(llm: LLM) -> dict[str, Any]:
     }
 
 
-def _say(text: str, wanted: bool) -> None:
+def _print_note(text: str, wanted: bool) -> None:
     if wanted:
         print(text, file=sys.stderr, flush=True)
 
@@ -111,7 +111,7 @@ class Conversation:
             if text == RESET:
                 self.messages = list(self._begin)
             elif _COMMAND.fullmatch(text):
-                _say(f"there is no {text}; {COMMANDS}", True)
+                _print_note(f"there is no {text}; {COMMANDS}", True)
             elif text:
                 self._turn(text)
 
@@ -127,7 +127,7 @@ class Conversation:
         except InputError as error:  # the conversation may have become too long
             if not sys.stdin.isatty():
                 raise
-            return _say(f"error: {error}; {RESET} begins a new conversation", True)
+            return _print_note(f"error: {error}; {RESET} begins a new conversation", True)
         print(flush=True)
         self.messages = [*asked, {"role": "assistant", "content": answer}]
         return None

@@ -95,10 +95,10 @@ class FirstCalls:
             text = "%s: calls after the first ones change %s, and each rank makes a part of them: compare with one rank"
             log.warning(text, self.cut.name, late[0])
 
-    def watched(self, forward: Callable[[], Any], arguments: Any, look: Callable[[], None] = lambda: None) -> Any:
+    def watched(self, forward: Callable[[], Any], arguments: Any, hook: Callable[[], None] = lambda: None) -> Any:
         """Return the result of a forward that runs block by block on all stages at once, of which nothing is
-        remembered. Only inside `CutModel.untraced`. look: called at the first block of each stage."""
-        uncounted = TracedCall(replace(self.cut, ran=Counter()), self.runtime.comm, look)
+        remembered. Only inside `CutModel.untraced`. hook: called at the first block of each stage."""
+        uncounted = TracedCall(replace(self.cut, ran=Counter()), self.runtime.comm, hook)
         return uncounted.run(lambda *_: forward(), FlatCall.of((arguments,), {}))[0]
 
     def _note_transient(self, names: list[list[str]]) -> None:

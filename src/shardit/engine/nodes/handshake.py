@@ -104,7 +104,7 @@ def admit(sock: socket.socket, token: str) -> dict[str, Any]:
     return json.loads(_take(sock, size, deadline))
 
 
-def welcome(sock: socket.socket) -> None:
+def confirm(sock: socket.socket) -> None:
     """Accept an admitted connection as the expected rank; from now on it is a channel."""
     _give(sock, WELCOME, time.monotonic() + HANDSHAKE_TIMEOUT_S)
 

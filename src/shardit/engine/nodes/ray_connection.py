@@ -43,7 +43,7 @@ class RayConnection:
             if not ray.is_initialized():
                 connected: Future[None] = Future()
                 over = threading.Event()
-                threading.Thread(target=_stay, args=(connected, over), daemon=True).start()
+                threading.Thread(target=_stay_connected, args=(connected, over), daemon=True).start()
                 connected.result()
                 shared._over = over
             if not self.is_open:
@@ -68,7 +68,7 @@ class RayConnection:
             shared._over = None
 
 
-def _stay(connected: Future[None], over: threading.Event) -> None:
+def _stay_connected(connected: Future[None], over: threading.Event) -> None:
     """Connect, and wait until the connection is closed."""
     try:
         _connect()

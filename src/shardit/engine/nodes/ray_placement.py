@@ -102,9 +102,9 @@ class RayPlacement:
         self._port = RankPort(listen_for_ranks(_own_address(ray)), [(rank, "rank") for rank in range(size)])
         if self._stopped:
             raise RankError(-1, "it has been stopped")
-        spec = replace(spec, model=_wherever(spec.model))
+        spec = replace(spec, model=_absolute(spec.model))
         self._run_actors(ray, spec.model, size, per_node, gpus)
-        arrived = self._port.collect(ARRIVAL_TIMEOUT_S, lambda: self._look(ray))
+        arrived = self._port.collect(ARRIVAL_TIMEOUT_S, lambda: self._check_actors(ray))
         return join_all([arrived[rank, "rank"] for rank in range(size)], spec)
 
     def _reserve(self, ray: Any, per_node: int, gpus: bool) -> Any:
@@ -117,7 +117,7 @@ class RayPlacement:
             remove_placement_group(group)
             raise InputError(
                 f"Ray has not given {self._nodes} node{'s' * (self._nodes > 1)} with {_amounts(bundle)} each within "
-                f"{self._wait_s:g} s (SHARDIT_RAY_WAIT): {_there_is(ray)}"
+                f"{self._wait_s:g} s (SHARDIT_RAY_WAIT): {_describe_resources(ray)}"
             )
         return group
 
@@ -136,7 +136,7 @@ class RayPlacement:
             for rank, actor in enumerate(self._actors)
         ]
 
-    def _look(self, ray: Any) -> None:
+    def _check_actors(self, ray: Any) -> None:
         """Raise the error of an actor that ended before its rank arrived."""
         ended, _ = ray.wait(self._runs, num_returns=1, timeout=0)
         if not ended:
@@ -152,7 +152,7 @@ class RayPlacement:
             raise RankError(rank, f"it has ended before it had arrived, with code {code}")
 
 
-def _wherever(model: str) -> str:
+def _absolute(model: str) -> str:
     """Return the model under a name that is valid in any folder: actors have another working folder."""
     folder = Path(model).expanduser()
     return str(folder.resolve()) if folder.is_dir() else model
@@ -183,7 +183,7 @@ def _own_address(ray: Any) -> str:
     return own if all(node["NodeManagerAddress"] == own for node in ray.nodes() if node["Alive"]) else ""
 
 
-def _there_is(ray: Any) -> str:
+def _describe_resources(ray: Any) -> str:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     each = ", ".join(f"{node['NodeManagerHostname']} ({_amounts(node['Resources'])})" for node in nodes)
     return f"it has {len(nodes)} node{'s' * (len(nodes) != 1)}: {each}; free are {_amounts(ray.available_resources())}"

@@ -156,7 +156,7 @@ class ForkServerClient:
                     self._answers.put(message)
         self.control.close()
         self._answers.put(_END)
-        self._on_end(self.how_it_ended())
+        self._on_end(self.exit_reason())
 
     def stop(self) -> None:
         """Stop the fork server, which stops the ranks; if it has to be killed, the kernel kills them (Linux)."""
@@ -175,7 +175,7 @@ class ForkServerClient:
             if self.directory is not None:
                 shutil.rmtree(self.directory, ignore_errors=True)
 
-    def how_it_ended(self) -> str:
+    def exit_reason(self) -> str:
         """Describe the exit of a fork server that has closed its socket."""
         try:
             code = self.process.wait(1.0)

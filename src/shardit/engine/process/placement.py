@@ -56,7 +56,7 @@ class LocalPlacement:
             except TimeoutError:
                 state = f"did not answer in time: raise timeout_s (--timeout), which is {self._timeout_s:g} s"
             except Closed:
-                state = self.fork_server.how_it_ended() if self.fork_server else "has ended"
+                state = self.fork_server.exit_reason() if self.fork_server else "has ended"
             raise RankError(-1, f"the process that starts ranks {state}")
 
     def _start(self, spec: SessionSpec) -> list[Channel]:

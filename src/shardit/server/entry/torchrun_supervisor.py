@@ -31,7 +31,7 @@ def main(control_fd: int, listener_fd: int, agent: int) -> int:
     places = [(rank, role) for rank in range(start.world_size) for role in ("rank", "agent")]
     port = RankPort(socket.socket(fileno=listener_fd), places, start.endpoint.token)
     placement = TorchrunPlacement(port, start.world_size)
-    threading.Thread(target=_obey, args=(control, placement), daemon=True).start()
+    threading.Thread(target=_exit_on_command, args=(control, placement), daemon=True).start()
     try:
         return serve(start.options, placement, RELEASE_TIMEOUT_S if start.restarts else 0.0)
     except InputError as error:
@@ -40,7 +40,7 @@ def main(control_fd: int, listener_fd: int, agent: int) -> int:
         return 2
 
 
-def _obey(control: Channel, placement: TorchrunPlacement) -> None:
+def _exit_on_command(control: Channel, placement: TorchrunPlacement) -> None:
     """Stop on the agent's message; if the agent has exited, at once: unfinished work is done again later."""
     with contextlib.suppress(Closed, OSError):
         while True:

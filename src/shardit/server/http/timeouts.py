@@ -30,7 +30,7 @@ class IdleTimeoutProtocol(AutoHTTPProtocol):  # pyright: ignore[reportGeneralTyp
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Handle a new connection."""
         super().connection_made(transport)
-        self._timer = self.loop.call_later(self.idle_timeout_s, self._look)
+        self._timer = self.loop.call_later(self.idle_timeout_s, self._check)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Handle the end of a connection."""
@@ -53,14 +53,14 @@ class IdleTimeoutProtocol(AutoHTTPProtocol):  # pyright: ignore[reportGeneralTyp
         self._resumed += 1
         super().resume_writing()
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         sends = self.cycle is None or self.cycle.response_complete  # the client is expected to send a request
         now = (self.cycle, self._resumed, self.transport.get_write_buffer_size())
         if (sends or self._full) and now == self._seen:
             self.transport.abort()  # to close it would wait until all was read
             return
         self._seen = now
-        self._timer = self.loop.call_later(self.idle_timeout_s, self._look)
+        self._timer = self.loop.call_later(self.idle_timeout_s, self._check)
 
 
 def _with_host(data: bytes) -> bytes:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from shardit.engine.joined_ranks import check_world_size, naming_rank
+from shardit.engine.joined_ranks import check_world_size, errors_with_rank
 from shardit.engine.process.channel import send_all
 from shardit.engine.process.exit_code import INTERRUPTED
 from shardit.engine.process.failure import Failure, Timeouts
@@ -80,7 +80,7 @@ class LocalRun:
         self._asked += 1
         if self._asked > 1 or not self._began:
             raise KeyboardInterrupt
-        say("stopping after the present step, with a checkpoint; press Ctrl-C again to stop at once")
+        print_line("stopping after the present step, with a checkpoint; press Ctrl-C again to stop at once")
         send_all(self.group.pipes(range(self.group.size)), Stop())
 
 
@@ -90,7 +90,7 @@ def run_joined(spec: TrainSpec) -> bool:
 
     check_world_size(spec.config.world_size)
     rank, asked = int(os.environ["RANK"]), StopRequest()
-    with handled(asked.signal), naming_rank(rank):
+    with handled(asked.signal), errors_with_rank(rank):
         session = open_session(spec, rank=rank, world_size=spec.config.world_size, init_method="env://")
         early = session.run(asked.is_set, asked.begin)
         session.close()
@@ -124,7 +124,7 @@ class StopRequest:
         self._since = self._since or now
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     """Print a line on standard error."""
     print(text, file=sys.stderr, flush=True)
 

@@ -137,7 +137,7 @@ class Checks:
         self, unit: Any, name: str, kind: Any, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Compare a unit at its call, make it whole if slices are wrong, and return its result."""
-        why = why_not_comparable(unit, self.plan.family)
+        why = incomparable_reason(unit, self.plan.family)
         if why is None:
             comparison = Comparison(self.model, name, self.plan, self.ranks, plain, args, kwargs, self._asked)
             out, why = comparison.sliced(), comparison.why
@@ -167,7 +167,7 @@ class Checks:
     def _give_up(self, name: str, why: str) -> None:
         """Make all units like this one whole."""
         kind, unit = self._kind(name), self.model.get_submodule(name)
-        alike = [n for n in self.plan.units if self._kind(n) == kind and not _elsewhere(self.model.get_submodule(n))]
+        alike = [n for n in self.plan.units if self._kind(n) == kind and not _has_meta(self.model.get_submodule(n))]
         processor = getattr(unit, PROCESSOR, None)
         code = type(unit).__name__ + (f" with {type(processor).__name__}" if processor is not None else "")
         why = f"{code} {why}"
@@ -223,11 +223,11 @@ def _outline(value: Any, numbers: list[float]) -> Any:
     return type(value)
 
 
-def _elsewhere(unit: nn.Module) -> bool:
+def _has_meta(unit: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in unit.parameters())
 
 
-def why_not_comparable(unit: nn.Module, family: Family) -> str | None:
+def incomparable_reason(unit: nn.Module, family: Family) -> str | None:
     """Return the reason why a unit cannot be compared: one of its processors exposes its results for each head."""
     keys = [exposing_attribute(getattr(module, PROCESSOR, None), family) for module in unit.modules()]
     return next((f"may expose its results for each head, in {key!r}" for key in keys if key), None)

@@ -30,7 +30,7 @@ from shardit.server.http.state.context import Context
 from shardit.server.http.submit.body import Body, read_body
 from shardit.server.http.submit.image_checks import check_header, check_whole
 from shardit.server.http.submit.input_images import input_images
-from shardit.server.http.submit.resolve import arguments, check_look, check_model, look_of, pipeline_names
+from shardit.server.http.submit.resolve import arguments, check_encoding, check_model, encoding_of, pipeline_names
 from shardit.server.jobs.admission import Conflict, QueueFull
 from shardit.server.jobs.job import Job, Kind, NewJob
 from shardit.server.jobs.job_request import build_request
@@ -85,7 +85,7 @@ async def submit_job(
         raise ApiError(400, text, code="invalid_value", param="n")
     field, takes = _image_field(values, body, info, needs_image)
     asked = arguments(values, takes, context.options)
-    check_look(values, takes)
+    check_encoding(values, takes)
     images = {} if field is None else await _images(field, values, body, takes, context)
     # A client that sends a key can ask again for the result, so its job continues without the connection.
     waits = waits and key is None
@@ -205,7 +205,7 @@ def _new_job(
         inputs=images,
         view={
             **_view(request, takes, built.fps),
-            **look_of(values),
+            **encoding_of(values),
             "image_field": image_field or "image",
             "model": context.options.name,
         },

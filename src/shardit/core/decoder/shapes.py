@@ -54,7 +54,7 @@ class Returned:
         return _returned_as, (example, self.leaves, self.writes, self.calls)
 
     @functools.cached_property
-    def lone(self) -> bool:
+    def single(self) -> bool:
         """Whether it is one new tensor."""
         return self.spec.is_leaf() and self.leaves[0].dims is not None
 
@@ -174,7 +174,7 @@ def fits(out: Any, writes: tuple[int, ...], known: Returned | None, expected: La
     """Return whether a result is what the other ranks take it for."""
     assert known is not None
     assert expected is not None
-    if known.lone and type(out) is torch.Tensor and writes == known.writes and layout_of(out) == expected[0]:
+    if known.single and type(out) is torch.Tensor and writes == known.writes and layout_of(out) == expected[0]:
         return True  # nearly always
     leaves, spec = tree_flatten(out)
     if (spec, writes) != (known.spec, known.writes):

@@ -193,7 +193,7 @@ class DecoderStages:
             raise RankError(exchange.rank, f"{self.blocks[index][0]} returns something else than in earlier calls")
         for q in writes:
             exchange.comm.broadcast(plain[q], exchange.rank)
-        if type(out) is torch.Tensor and known is not None and known.lone:
+        if type(out) is torch.Tensor and known is not None and known.single:
             return stage_tensor(layout_of(out), out, Memory(self._each[exchange.rank]), exchange)
         return self._wrapped(out, plain, arguments.leaves)
 
@@ -220,7 +220,7 @@ class DecoderStages:
             else (arguments[leaf.arg] if leaf.arg >= 0 else leaf.value)
             for leaf, layout in zip(known.leaves, expected, strict=True)
         ]
-        return leaves[0] if known.lone else tree_unflatten(leaves, known.spec)
+        return leaves[0] if known.single else tree_unflatten(leaves, known.spec)
 
     def _share_result(
         self,
@@ -246,10 +246,10 @@ class DecoderStages:
         self._remember(key, known, found, slots)
 
     def _learn_from_owner(self, key: Any, known: Returned | None, owner: int) -> tuple[Returned, Layouts]:
-        told = self.exchange.comm.group.broadcast_object(None, owner)
-        if isinstance(told, Exception):
-            raise told
-        found, slots = told
+        received = self.exchange.comm.group.broadcast_object(None, owner)
+        if isinstance(received, Exception):
+            raise received
+        found, slots = received
         self._remember(key, known, found, slots)
         return found, found.own_layouts()
 

@@ -196,7 +196,7 @@ _READS = frozenset(
 
 
 class HostReads(TorchFunctionMode):
-    """Tells `decides` of each tensor whose values Python reads without an operation."""
+    """Reports to `decides` each tensor whose values Python reads without an operation."""
 
     def __init__(self, decides: Callable[[torch.Tensor], None]):
         super().__init__()

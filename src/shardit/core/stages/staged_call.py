@@ -171,8 +171,8 @@ class StagedCall:
             self._carried.keep("arg", n, self.local.keep_args.get(n, ()), arguments)
         if work.own:
             out = self._own(n, work, call, args, kwargs)
-        elif work.lone is not None:
-            out = self._carried.unread(work.lone)
+        elif work.single is not None:
+            out = self._carried.unread(work.single)
         else:
             leaves = stand_ins(work.site, arguments, lambda leaf: self._carried.placeholder(n, leaf))
             self._carried.keep("out", n, self.local.keep_outs.get(n, ()), leaves)

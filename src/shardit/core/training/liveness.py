@@ -19,7 +19,7 @@ class Liveness:
     """The storages that are live across each cut.
 
     layouts: at handles. learns: whether each call site has a block with trainable parameters. written_in: segment
-    of the last write to a storage. born: storages that code outside blocks or a block created with data of a block.
+    of the last write to a storage. created: storages that code outside blocks or a block created with data of a block.
     early: storages that a receiver needs before the cut, since its code makes others of them again. rewrites: segments
     of later writes, and whether a block made them. grads: storages that may require a gradient.
     """
@@ -30,7 +30,7 @@ class Liveness:
     learns: list[bool]
     grads: set[int]
     written_in: dict[int, int] = field(default_factory=dict)
-    born: set[int] = field(default_factory=set)
+    created: set[int] = field(default_factory=set)
     rewrites: dict[int, list[tuple[int, bool]]] = field(default_factory=dict)
     live: list[dict[int, None]] = field(default_factory=list)
     early: set[int] = field(default_factory=set)
@@ -69,7 +69,7 @@ class Liveness:
             if storage in seen:
                 self.rewrites.setdefault(storage, []).append((segment, event.block))
             else:
-                self.born.add(storage)
+                self.created.add(storage)
                 self._ingredients[storage] = {
                     one: self.written_in[one] for one in event.reads if one in self.written_in
                 }
@@ -91,7 +91,7 @@ class Liveness:
                 raise self._refusal(storage, k)
             late = any(segment <= k and not block for segment, block in rewrites)
             return [self._item(one, storage, late, rewritten) for one in sorted(views.values(), key=_place)]
-        again = not rewrites and storage in self.born
+        again = not rewrites and storage in self.created
         whole = [one for one in handles if self.layouts[one].is_whole]
         if whole and not (again and storage in self.early):
             return [self._item(whole[0], storage, True, rewritten)]

@@ -102,7 +102,7 @@ class HttpMiddleware:
         except ApiError:
             if scope["path"] not in PROBED:
                 raise
-            scope["state"]["stranger"] = True
+            scope["state"]["unverified_host"] = True
         if not self._is_open(scope["path"]):
             scope["state"]["owner"] = self._owner(headers)
         if scope["method"] not in ("GET", "HEAD", "OPTIONS"):

@@ -38,7 +38,7 @@ async def events(context: Context, job: Job) -> AsyncIterator[bytes]:
             if time.monotonic() - sent_at >= KEEPALIVE_INTERVAL_S:
                 sent_at = time.monotonic()
                 yield b": still here\n\n"
-            await watch.news(POLL_INTERVAL_S)
+            await watch.wait(POLL_INTERVAL_S)
 
 
 async def _event(context: Context, job: Job | None) -> tuple[str, dict[str, Any]] | None:

@@ -30,9 +30,9 @@ async def until_ended(request: Request, context: Context, job: Job) -> Job:
                     raise busy("the server is about to end; send the request again later", 5, "stopping")
                 if gone.done():
                     raise ClientGone
-                news = asyncio.ensure_future(watch.news(POLL_INTERVAL_S))
-                await asyncio.wait({news, gone}, return_when=asyncio.FIRST_COMPLETED)
-                news.cancel()
+                change = asyncio.ensure_future(watch.wait(POLL_INTERVAL_S))
+                await asyncio.wait({change, gone}, return_when=asyncio.FIRST_COMPLETED)
+                change.cancel()
                 found = await run_in_threadpool(context.store.get, job.id)
                 if found is None:
                     raise ApiError(404, f"the job {job.id} was deleted", code="not_found")

@@ -63,7 +63,7 @@ class TextJob:
         """Yield pieces of the texts as they come, then the last ones; an empty list now and then while nothing comes.
         Raises ApiError if the job fails, ClientGone."""
         gone = asyncio.ensure_future(client_gone(self._request))
-        gone.add_done_callback(lambda _: self._watch.ring())
+        gone.add_done_callback(lambda _: self._watch.notify())
         try:
             while True:
                 if found := self._read(self._watch.taken()):
@@ -109,7 +109,7 @@ class TextJob:
     async def _news(self, gone: asyncio.Future[None]) -> None:
         if self._context.live_state.stopping:
             raise busy("the server is about to end; send the request again later", 5, "stopping")
-        await self._watch.news(POLL_INTERVAL_S)
+        await self._watch.wait(POLL_INTERVAL_S)
         if gone.done():
             raise ClientGone
 

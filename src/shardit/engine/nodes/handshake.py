@@ -93,20 +93,20 @@ def admit(sock: socket.socket, token: str) -> dict[str, Any]:
     deadline = time.monotonic() + HANDSHAKE_TIMEOUT_S
     tune(sock)
     ours = secrets.token_bytes(NONCE)
-    _give(sock, GREETING + ours, deadline)
-    theirs = _take(sock, NONCE, deadline)
-    if not hmac.compare_digest(_take(sock, NONCE, deadline), _proof(token, b"rank", ours, theirs)):
+    _send(sock, GREETING + ours, deadline)
+    theirs = _receive(sock, NONCE, deadline)
+    if not hmac.compare_digest(_receive(sock, NONCE, deadline), _proof(token, b"rank", ours, theirs)):
         raise Unproven("it does not know the token")
-    _give(sock, _proof(token, b"supervisor", ours, theirs), deadline)
-    size = int.from_bytes(_take(sock, 4, deadline), "big")
+    _send(sock, _proof(token, b"supervisor", ours, theirs), deadline)
+    size = int.from_bytes(_receive(sock, 4, deadline), "big")
     if size > MAX_HELLO:
         raise Unproven(f"it introduces itself with {size} bytes")
-    return json.loads(_take(sock, size, deadline))
+    return json.loads(_receive(sock, size, deadline))
 
 
 def confirm(sock: socket.socket) -> None:
     """Accept an admitted connection as the expected rank; from now on it is a channel."""
-    _give(sock, WELCOME, time.monotonic() + HANDSHAKE_TIMEOUT_S)
+    _send(sock, WELCOME, time.monotonic() + HANDSHAKE_TIMEOUT_S)
 
 
 def tune(sock: socket.socket) -> None:
@@ -130,15 +130,15 @@ def address_towards(host: str, port: int) -> str | None:
 
 
 def _prove_to_supervisor(sock: socket.socket, token: str, hello: Mapping[str, Any], deadline: float) -> None:
-    if _take(sock, len(GREETING), deadline) != GREETING:
+    if _receive(sock, len(GREETING), deadline) != GREETING:
         raise Unproven("something else than a supervisor answers there")
-    theirs, ours = _take(sock, NONCE, deadline), secrets.token_bytes(NONCE)
-    _give(sock, ours + _proof(token, b"rank", theirs, ours), deadline)
-    if not hmac.compare_digest(_take(sock, NONCE, deadline), _proof(token, b"supervisor", theirs, ours)):
+    theirs, ours = _receive(sock, NONCE, deadline), secrets.token_bytes(NONCE)
+    _send(sock, ours + _proof(token, b"rank", theirs, ours), deadline)
+    if not hmac.compare_digest(_receive(sock, NONCE, deadline), _proof(token, b"supervisor", theirs, ours)):
         raise Unproven("it does not know the token")
     data = json.dumps(dict(hello)).encode()
-    _give(sock, len(data).to_bytes(4, "big") + data, deadline)
-    if _take(sock, len(WELCOME), deadline) != WELCOME:
+    _send(sock, len(data).to_bytes(4, "big") + data, deadline)
+    if _receive(sock, len(WELCOME), deadline) != WELCOME:
         raise Unproven("it has no place for this rank")
 
 
@@ -147,7 +147,7 @@ def _proof(token: str, side: bytes, of_supervisor: bytes, of_rank: bytes) -> byt
     return hmac.new(bytes.fromhex(token), side + of_supervisor + of_rank, hashlib.sha256).digest()
 
 
-def _take(sock: socket.socket, size: int, deadline: float) -> bytes:
+def _receive(sock: socket.socket, size: int, deadline: float) -> bytes:
     data = bytearray()
     while len(data) < size:
         sock.settimeout(max(0.01, deadline - time.monotonic()))
@@ -160,6 +160,6 @@ def _take(sock: socket.socket, size: int, deadline: float) -> bytes:
     return bytes(data)
 
 
-def _give(sock: socket.socket, data: bytes, deadline: float) -> None:
+def _send(sock: socket.socket, data: bytes, deadline: float) -> None:
     sock.settimeout(max(0.01, deadline - time.monotonic()))
     sock.sendall(data)

@@ -76,7 +76,7 @@ class RayPlacement:
     def stop(self, code: int = 0) -> None:
         """See `Placement`."""
         self._stopped = True
-        thread = threading.Thread(target=self._leave, daemon=True)
+        thread = threading.Thread(target=self._shut_down, daemon=True)
         thread.start()
         # Ray may wait for a node that does not answer; the end of this process ends it, too.
         thread.join(SHUTDOWN_TIMEOUT_S)
@@ -85,7 +85,7 @@ class RayPlacement:
         """See `Placement`."""
         return {}
 
-    def _leave(self) -> None:
+    def _shut_down(self) -> None:
         self.kill()
         self._connection.close()
 

@@ -163,14 +163,14 @@ class RankGroup:
         def pipe(rank: int, channel: Channel) -> Pipe:
             return Pipe(
                 channel,
-                lambda message: self._loop.call(self._take, generation, rank, message),
+                lambda message: self._loop.call(self._receive, generation, rank, message),
                 lambda: self._loop.call(self._disconnected, generation, rank),
             )
 
         self._pipes = [pipe(rank, channel) for rank, channel in enumerate(channels)]
         self.loading_since = time.monotonic()
 
-    def _take(self, generation: int, rank: int, message: Any) -> None:
+    def _receive(self, generation: int, rank: int, message: Any) -> None:
         if generation != self._generation:
             return
         if isinstance(message, Ready):

@@ -31,7 +31,7 @@ STORE_TIMEOUT_S = 600.0
 ATTEMPT_TIMEOUT_S = 2.0
 CONNECT_TIMEOUT_S = 60.0
 
-_kept: list[Any] = []  # without torchrun's own store rank 0 is its server, until the process ends
+_stores: list[Any] = []  # without torchrun's own store rank 0 is its server, until the process ends
 
 
 def run_rank(options: ServeOptions, rank_env: RankEnv, endpoint: Endpoint | None, agent: Channel) -> int:
@@ -85,5 +85,5 @@ def _store() -> Any:
     from torch.distributed.rendezvous import rendezvous
 
     store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=STORE_TIMEOUT_S)))
-    _kept.append(store)
+    _stores.append(store)
     return store

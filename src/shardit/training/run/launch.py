@@ -47,8 +47,8 @@ class LocalRun:
             self.placement,
             self._loop,
             on_up=lambda _: None,
-            on_down=self._down,
-            on_message=self._take,
+            on_down=self._on_down,
+            on_message=self._on_message,
             timeouts=timeouts or Timeouts(),
         )
 
@@ -66,13 +66,13 @@ class LocalRun:
         finally:
             self.group.stop()
 
-    def _take(self, rank: int, message: Any) -> None:
+    def _on_message(self, rank: int, message: Any) -> None:
         if isinstance(message, Began):
             self._began = True
         elif isinstance(message, Ended):
             self._ended[rank] = message
 
-    def _down(self, failure: Failure) -> None:
+    def _on_down(self, failure: Failure) -> None:
         self._failure = failure
 
     def _stop(self) -> None:

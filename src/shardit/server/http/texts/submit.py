@@ -101,7 +101,7 @@ async def completion_submission(request: Request, context: Context) -> TextSubmi
     def read(tokenizer: Any) -> list[list[int]]:
         return text_prompts(tokenizer, values["prompt"], info.vocabulary)
 
-    return await _asked(request, context, values, params, read, chat=False)
+    return await _build(request, context, values, params, read, chat=False)
 
 
 def _check_completion(values: Mapping[str, Any]) -> None:
@@ -128,10 +128,10 @@ async def chat_submission(request: Request, context: Context) -> TextSubmission:
         text = "top_logprobs needs logprobs; set it to true"
         raise ApiError(400, text, code="invalid_value", param="top_logprobs")
     params = sampling_of(values, await language_info(context), logprobs, None)
-    return await _asked(request, context, values, params, lambda tokenizer: [chat_prompt(tokenizer, values)], chat=True)
+    return await _build(request, context, values, params, lambda tokenizer: [chat_prompt(tokenizer, values)], chat=True)
 
 
-async def _asked(
+async def _build(
     request: Request,
     context: Context,
     values: Mapping[str, Any],

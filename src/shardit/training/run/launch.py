@@ -60,7 +60,7 @@ class LocalRun:
                 self._loop.run(lambda: self._failure is not None or len(self._ended) == self.group.size)
             if self._failure is not None:
                 raise self._failure.error()
-            self.group.leave()
+            self.group.disconnect()
             self.placement.kill(STOP_GRACE_S)
             return self._ended[0].early
         finally:

@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> int:
             if (
                 not options.quick
                 and name not in ("schedules", "numerics")
-                and not machine.wait_until_quiet(options.patience)
+                and not machine.wait_until_quiet(options.timeout)
             ):
                 print("others use this machine", file=sys.stderr, flush=True)
             document[name] = _measurements(options, f"{folder}/model")[name]()
@@ -94,8 +94,8 @@ def _measurements(options: argparse.Namespace, folder: str) -> dict[str, Callabl
 
     rounds = options.rounds or (1 if quick else 5)
     return {
-        "speed": lambda: speed.measure(size, on_disk(), rounds, 0 if quick else options.patience),
-        "axes": lambda: speed.measure(size, on_disk(), rounds, 0 if quick else options.patience, speed.AXES),
+        "speed": lambda: speed.measure(size, on_disk(), rounds, 0 if quick else options.timeout),
+        "axes": lambda: speed.measure(size, on_disk(), rounds, 0 if quick else options.timeout, speed.AXES),
         "operations": lambda: operations.measure(size, on_disk(), rounds),
         "overhead": lambda: overhead.measure(size, on_disk(), 3 if quick else 30),
         "host": lambda: host.measure(50 if quick else 500),
@@ -132,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one round: a test that the bench works")
     parser.add_argument("--only", action="append", choices=NAMES, help="one measurement; may be given several times")
     parser.add_argument("--rounds", type=int, help="rounds of the speed measurement (5)")
-    parser.add_argument("--patience", type=float, default=60, help="seconds to wait for a quiet moment before each run")
+    parser.add_argument("--timeout", type=float, default=60, help="seconds to wait for a quiet moment before each run")
     parser.add_argument("--output", help="where the JSON document goes instead of bench/results/")
     return parser
 

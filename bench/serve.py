@@ -25,7 +25,7 @@ CLIENTS = 8
 BLOCK = 16
 """Requests of a turn, short enough that the machine's speed hardly drifts meanwhile."""
 REQUESTS = 50
-HEALTH_EVERY_S = 0.02
+HEALTH_INTERVAL_S = 0.02
 CANCEL_AT, LONG = 3, 200
 """A job of `LONG` steps is cancelled after step `CANCEL_AT`."""
 FLOODED = 60
@@ -116,7 +116,7 @@ class Health:
 
     def _ask(self, over: threading.Event) -> None:
         connection = self._server.connect()
-        while not over.wait(HEALTH_EVERY_S):
+        while not over.wait(HEALTH_INTERVAL_S):
             begin = time.monotonic()
             connection.good("GET", "/health")
             self.seconds.append(time.monotonic() - begin)

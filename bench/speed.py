@@ -111,9 +111,7 @@ class Made:
     latents: Any
 
 
-def measure(
-    size: Size, folder: str, rounds: int, patience_s: float, cases: tuple[Case, ...] = STAGES
-) -> dict[str, Any]:
+def measure(size: Size, folder: str, rounds: int, timeout_s: float, cases: tuple[Case, ...] = STAGES) -> dict[str, Any]:
     """All cases in `rounds` rounds; in each of them plain diffusers runs before the cases it is compared with.
 
     Plain diffusers has processes of its own: gloo's threads in a rank wake up a hundred times a second.
@@ -127,18 +125,18 @@ def measure(
             seed = SEEDS[number % len(SEEDS)]
             for guided in (True, False):
                 plain = _plain_name(guided)
-                run = timed(lambda: copies.call("run_plain", size, (seed,), guided, on=(0,)), patience_s)  # noqa: B023
+                run = timed(lambda: copies.call("run_plain", size, (seed,), guided, on=(0,)), timeout_s)  # noqa: B023
                 runs[plain].append(run)
                 expected[(guided, seed)] = Made(run.digests[0], run.latents[0])
                 if guided:
-                    run = timed(lambda: copies.call("run_plain", size, (seed,), True), patience_s)  # noqa: B023
+                    run = timed(lambda: copies.call("run_plain", size, (seed,), True), timeout_s)  # noqa: B023
                     runs["two copies"].append(run)
                 for case in cases:
                     if case.guided == guided:
                         seeds = SEEDS[: case.requests]
                         on = tuple(range(case.ranks))
                         act = lambda: ranks.call(case.command, case.session, size, seeds, case.guided, on=on)  # noqa: B023, E731
-                        runs[case.name].append(timed(act, patience_s))
+                        runs[case.name].append(timed(act, timeout_s))
             print(f"round {number + 1} of {rounds}", _line(runs), file=sys.stderr, flush=True)
         for guided in (True, False):  # seeds that no round has reached
             for seed in SEEDS:
@@ -185,11 +183,11 @@ def _open_peer(ranks: Ranks, peer: str, folder: str, one_step: Size, plain: list
     return None if error <= WRONG else f"wrong result, {error:.1e} away from plain diffusers: not timed"
 
 
-def timed(act: Callable[[], list[dict[str, Any]]], patience_s: float) -> Run:
+def timed(act: Callable[[], list[dict[str, Any]]], timeout_s: float) -> Run:
     """Run it in a quiet moment; again (twice at most) where others computed meanwhile. The quietest run counts."""
     best: Run | None = None
     for _ in range(3):
-        quiet = patience_s > 0 and machine.wait_until_quiet(patience_s)
+        quiet = timeout_s > 0 and machine.wait_until_quiet(timeout_s)
         busy, before, own = machine.busy_seconds(), time.monotonic(), time.process_time()
         results = act()
         wall = time.monotonic() - before

@@ -27,7 +27,7 @@ DEGREES = {
 fastest links."""
 
 TIMEOUT_S = 600.0
-"""Seconds that a rank waits for a message of another one, unless it is told another number."""
+"""Seconds that a rank waits for a message of another one, unless another number is set."""
 
 PARTITION = numbers(whole(1))
 """The check of a layer partition."""

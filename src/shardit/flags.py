@@ -13,7 +13,7 @@ from PIL.Image import Image
 
 from shardit.config import DiffusionParallelConfig
 from shardit.diffusion.loading import shipped
-from shardit.diffusion.output.from_file import check_fits, check_model_is_here, flags_of, read_record
+from shardit.diffusion.output.from_file import check_fits, check_model_is_local, flags_of, read_record
 from shardit.diffusion.output.target import SUFFIXES, check_path, numbered
 from shardit.diffusion.request.images import open_image, read_image
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
@@ -113,7 +113,7 @@ class GenerateFlags(
         if record.get("input_image_sizes") and not self.image:
             raise InputError(f"{self.from_file} was made from input images, which it does not hold; add --image")
         if not self.model:
-            check_model_is_here(self.from_file, record)
+            check_model_is_local(self.from_file, record)
         standard = {item.name: item.default for item in dataclasses.fields(self)}
         given = [name for name, value in standard.items() if getattr(self, name) != value]
         flags, extra = flags_of(record, standard, [*given, *self.extra_arguments()])

@@ -27,7 +27,7 @@ _COMMAND = re.compile(r"/[\w-]*")  # a path or a sentence is for the model
 def chat(flags: ChatFlags) -> None:
     """Talk with a language model; it answers word by word."""
     with _opened(flags) as llm:
-        _say(COMMANDS, sys.stdin.isatty())
+        _print_note(COMMANDS, sys.stdin.isatty())
         Conversation(llm, flags).run()
 
 
@@ -43,21 +43,21 @@ def complete(flags: CompleteFlags) -> None:
                 print(piece.text, end="", flush=True)
                 reason, count = piece.finish_reason, count + len(piece.token_ids)
             print()
-            return _say_if_cut(flags, [(reason, count)])
+            return _note_truncation(flags, [(reason, count)])
         outputs = llm.generate(prompts, params)
         if flags.json:
             print(json.dumps([dataclasses.asdict(one) for one in outputs], ensure_ascii=False))
         for output in () if flags.json else outputs:
             print(output.outputs[0].text)
-        _say_if_cut(flags, [(one.outputs[0].finish_reason, len(one.outputs[0].token_ids)) for one in outputs])
+        _note_truncation(flags, [(one.outputs[0].finish_reason, len(one.outputs[0].token_ids)) for one in outputs])
     return None
 
 
-def _say_if_cut(flags: CompleteFlags, ends: Sequence[tuple[str | None, int]]) -> None:
+def _note_truncation(flags: CompleteFlags, ends: Sequence[tuple[str | None, int]]) -> None:
     """Say so if a text ended because the model had no room for --max-tokens. ends: reason and tokens of each text."""
     fewest = min((count for reason, count in ends if reason == "length"), default=None)
     if flags.max_tokens is not None and fewest is not None and fewest < flags.max_tokens:
-        _say(f"note: the model had room for {fewest} of --max-tokens {flags.max_tokens}", True)
+        _print_note(f"note: the model had room for {fewest} of --max-tokens {flags.max_tokens}", True)
 
 
 def _standard_input() -> str:
@@ -74,10 +74,10 @@ def _opened(flags: LanguageFlags) -> LLM:
         raise InputError("chat and complete start their ranks: run them without torchrun")
     from shardit import LLM
 
-    _say(f"loading {flags.model} ...", sys.stderr.isatty())
+    _print_note(f"loading {flags.model} ...", sys.stderr.isatty())
     llm = LLM(**flags.llm_arguments())
     for note in llm.notes:
-        _say(f"note: {note}", True)
+        _print_note(f"note: {note}", True)
     return llm
 
 
@@ -89,7 +89,7 @@ def _recommended(llm: LLM) -> dict[str, Any]:
     }
 
 
-def _say(text: str, wanted: bool) -> None:
+def _print_note(text: str, wanted: bool) -> None:
     if wanted:
         print(text, file=sys.stderr, flush=True)
 
@@ -111,7 +111,7 @@ class Conversation:
             if text == RESET:
                 self.messages = list(self._begin)
             elif _COMMAND.fullmatch(text):
-                _say(f"there is no {text}; {COMMANDS}", True)
+                _print_note(f"there is no {text}; {COMMANDS}", True)
             elif text:
                 self._turn(text)
 
@@ -127,7 +127,7 @@ class Conversation:
         except InputError as error:  # the conversation may have become too long
             if not sys.stdin.isatty():
                 raise
-            return _say(f"error: {error}; {RESET} begins a new conversation", True)
+            return _print_note(f"error: {error}; {RESET} begins a new conversation", True)
         print(flush=True)
         self.messages = [*asked, {"role": "assistant", "content": answer}]
         return None

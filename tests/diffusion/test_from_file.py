@@ -13,7 +13,7 @@ from shardit.cli import main
 from shardit.config import DiffusionParallelConfig
 from shardit.diffusion.output.from_file import (
     check_fits,
-    check_model_is_here,
+    check_model_is_local,
     differences,
     flags_of,
     other_images,
@@ -230,10 +230,10 @@ def test_a_model_folder_that_is_elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     record = {"model": "my-folder", "revision": "0" * 64}
     with pytest.raises(InputError, match=r"a.png was made by the model in the folder my-folder, which is not here"):
-        check_model_is_here(Path("a.png"), record)
-    check_model_is_here(Path("a.png"), {**record, "revision": "0" * 40})
+        check_model_is_local(Path("a.png"), record)
+    check_model_is_local(Path("a.png"), {**record, "revision": "0" * 40})
     (tmp_path / "my-folder").mkdir()
-    check_model_is_here(Path("a.png"), record)
+    check_model_is_local(Path("a.png"), record)
 
 
 @pytest.mark.parametrize("text", ["picture 64x64", "2 pictures 8x8", "Tensor(1, 2)"])

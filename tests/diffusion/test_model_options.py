@@ -15,7 +15,7 @@ import shardit
 from shardit.cli import main
 from shardit.config import DiffusionParallelConfig
 from shardit.diffusion.loading.schedulers import changed_scheduler
-from shardit.diffusion.loading.timesteps import asked_in
+from shardit.diffusion.loading.timesteps import arguments_in
 from shardit.engine.inspect import inspect_model
 from shardit.engine.process.messages import SessionSpec
 from shardit.engine.session import check
@@ -280,7 +280,7 @@ def __call__(self):
             a = self.scheduler.step(self.scheduler.scaled(t))[0]
     other.scheduler.not_ours()
 """
-    assert asked_in(source).methods == ("scaled", "step")
+    assert arguments_in(source).methods == ("scaled", "step")
 
 
 @pytest.mark.parametrize("name", ["LCMScheduler", "TCDScheduler"])

@@ -261,7 +261,7 @@ def test_output_is_compared_with_the_pipeline_before_it_runs(omni, capsys):
 
 
 def test_other_ranks_are_silent(omni, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr("shardit.engine.process.exit_code.RANK_0_FIRST_S", 0)
+    monkeypatch.setattr("shardit.engine.process.exit_code.OTHER_RANKS_DELAY_S", 0)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     omni(lambda made: setattr(made, "make", lambda params: []))

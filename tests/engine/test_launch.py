@@ -311,7 +311,9 @@ def test_torchrun_is_recognised_by_its_environment():
 
 
 def test_a_fork_server_whose_imports_hang_can_be_stopped(monkeypatch):
-    monkeypatch.setattr("shardit.engine.process.fork_client.STOP_WAIT_S", 100.0)  # far longer than a busy machine takes
+    monkeypatch.setattr(
+        "shardit.engine.process.fork_client.STOP_TIMEOUT_S", 100.0
+    )  # far longer than a busy machine takes
     fork_server = ForkServerClient(timeout_s=5)
     os.kill(fork_server.process.pid, signal.SIGSTOP)
     begin = time.monotonic()

@@ -171,7 +171,7 @@ def test_hang_during_the_start():
 
 
 def test_hang_before_the_start(monkeypatch):
-    monkeypatch.setattr("shardit.engine.process.fork_client.IMPORT_WAIT_S", 1.0)
+    monkeypatch.setattr("shardit.engine.process.fork_client.IMPORT_TIMEOUT_S", 1.0)
     begin = time.monotonic()
     with pytest.raises(RankError, match=r"did not answer in time: raise timeout_s \(--timeout\), which is 1 s"):
         make("check.sleep:30", timeout_s=1.0)

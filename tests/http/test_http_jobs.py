@@ -260,8 +260,8 @@ def test_events(videos: Served) -> None:
 
 
 def test_silent_streams_send_keepalives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_events, "HEARTBEAT_S", 0.02)
-    monkeypatch.setattr(http_events, "LOOK_S", 0.01)
+    monkeypatch.setattr(http_events, "KEEPALIVE_INTERVAL_S", 0.02)
+    monkeypatch.setattr(http_events, "POLL_INTERVAL_S", 0.01)
     store = Store(tmp_path)
     new = NewJob(kind="video", request={"prompt": "x"}, seed=1, cost=1.0)
     job, _ = store.accept(new, queue_size=9)

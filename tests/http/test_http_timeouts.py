@@ -13,28 +13,29 @@ from typing import Any
 import pytest
 import uvicorn
 
-from shardit.server.http import timeouts
+from shardit.server.http.timeouts import IdleTimeoutProtocol
 from tests.support.http_fake import WAIT_S
 
 LARGE = 64 * 1024**2
 HEAD = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
 
 
+class QuickTimeout(IdleTimeoutProtocol):
+    idle_timeout_s = 0.5
+
+
 async def app(scope: Any, receive: Any, send: Any) -> None:
     """A small answer; a large one at /large; one that takes its time at /late."""
     if scope["path"] == "/late":
-        await asyncio.sleep(4 * timeouts.PAUSE_S)
+        await asyncio.sleep(4 * QuickTimeout.idle_timeout_s)
     content = bytes(LARGE if scope["path"] == "/large" else 2)
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(content))]})
     await send({"type": "http.response.body", "body": content})
 
 
 @pytest.fixture
-def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    monkeypatch.setattr(timeouts, "PAUSE_S", 0.5)
-    config = uvicorn.Config(
-        app, http=timeouts.IdleTimeoutProtocol, log_level="critical", lifespan="off", timeout_keep_alive=60
-    )
+def port() -> Iterator[int]:
+    config = uvicorn.Config(app, http=QuickTimeout, log_level="critical", lifespan="off", timeout_keep_alive=60)
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), daemon=True)
@@ -90,7 +91,7 @@ def test_after_an_answer_too(port: int) -> None:
 def test_answers_that_nobody_reads(port: int) -> None:
     with connect(port) as sock:
         sock.sendall(HEAD.replace(b"/ ", b"/large ", 1) + b"\r\n")
-        time.sleep(4 * timeouts.PAUSE_S)
+        time.sleep(4 * QuickTimeout.idle_timeout_s)
         got = 0
         try:
             while piece := sock.recv(1024**2):

@@ -237,7 +237,7 @@ def test_closing_a_stream_stops_generation(
         long = SamplingParams(temperature=0, max_tokens=240, ignore_eos=True)
         stream = llm.stream(["x"] * stages, long)
         steps: list[Any] = []
-        take = llm._ranks._take
+        take = llm._ranks._on_message
         monkeypatch.setattr(llm._ranks._group, "_on_message", lambda *message: (steps.append(message), take(*message)))
         next(stream)
         stream.close()

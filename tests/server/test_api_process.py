@@ -26,7 +26,14 @@ from shardit.server.messages import Ping, Pong
 from shardit.server.options import ServeOptions
 from shardit.server.process import heartbeat as heartbeat
 from shardit.server.process.api_process import ApiProcess, start
-from shardit.server.process.heartbeat import ASK_EVERY_S, GRACE_S, MAX_SLOWDOWN, MAX_STEP_S, START_S, Heartbeat
+from shardit.server.process.heartbeat import (
+    HANG_TIMEOUT_S,
+    MAX_COUNTED_S,
+    MAX_SLOWDOWN,
+    PROBE_INTERVAL_S,
+    START_TIMEOUT_S,
+    Heartbeat,
+)
 
 WAIT_S = 120.0
 
@@ -59,29 +66,29 @@ class Asked:
 
 def test_a_silent_process_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = Asked(monkeypatch)
-    assert not asked.hangs_after(START_S)  # it starts
+    assert not asked.hangs_after(START_TIMEOUT_S)  # it starts
     asked.heartbeat.answered()
     for _ in range(5):
         before = asked.asked
-        assert not asked.hangs_after(ASK_EVERY_S + 0.25)
+        assert not asked.hangs_after(PROBE_INTERVAL_S + 0.25)
         assert asked.asked == before + 1
-        assert not asked.hangs_after(GRACE_S - 1.5)
+        assert not asked.hangs_after(HANG_TIMEOUT_S - 1.5)
         asked.heartbeat.answered()
-    assert not asked.hangs_after(GRACE_S)
+    assert not asked.hangs_after(HANG_TIMEOUT_S)
     assert asked.hangs_after(1.0)
 
 
 def test_a_process_that_never_answers_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Asked(monkeypatch).hangs_after(START_S + 1.0)
+    assert Asked(monkeypatch).hangs_after(START_TIMEOUT_S + 1.0)
 
 
 def test_a_loaded_machine_is_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     for load, times in ((3.0, 3.0), (1000.0, MAX_SLOWDOWN)):
         asked = Asked(monkeypatch, load)
-        assert not asked.hangs_after(times * START_S)
+        assert not asked.hangs_after(times * START_TIMEOUT_S)
         assert asked.hangs_after(2.0)
         asked.heartbeat.answered()
-        assert not asked.hangs_after(times * GRACE_S)
+        assert not asked.hangs_after(times * HANG_TIMEOUT_S)
         assert asked.hangs_after(2.0)
 
 
@@ -89,9 +96,9 @@ def test_paused_supervisor_reports_no_hang(monkeypatch: pytest.MonkeyPatch) -> N
     asked = Asked(monkeypatch)
     asked.hangs_after(1.0)
     asked.heartbeat.answered()
-    asked.hangs_after(ASK_EVERY_S)
+    asked.hangs_after(PROBE_INTERVAL_S)
     assert not asked.hangs_after(3600.0, every_s=3600.0)
-    assert not asked.hangs_after(GRACE_S - MAX_STEP_S - 1.0)  # time to answer
+    assert not asked.hangs_after(HANG_TIMEOUT_S - MAX_COUNTED_S - 1.0)  # time to answer
     assert asked.hangs_after(2.0)
 
 
@@ -134,7 +141,7 @@ class Kept:
         deadline = time.monotonic() + WAIT_S
         while not condition():
             assert time.monotonic() < deadline, "nothing happens"
-            self.api.look_after()
+            self.api.check()
             self.loop.step(0.05)
 
     def answers(self) -> bool:
@@ -151,7 +158,7 @@ def kept(tmp_path: Path) -> Iterator[Kept]:
         one = Kept(tmp_path, listener)
         one.api.start()
         yield one
-        one.api.leave()
+        one.api.terminate()
         one.api.stop()
 
 
@@ -165,19 +172,19 @@ def test_a_package_that_is_broken_ends_the_server(
         one.api.start()
         one.until(lambda: one.api.unable)
         for _ in range(4):
-            one.api.look_after()
+            one.api.check()
         assert one.starts == 1
     err = capfd.readouterr().err
     assert "error: the server cannot answer HTTP: a package cannot be used (cannot import name x from pydantic)" in err
 
 
 def test_a_hung_api_process_is_restarted(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heartbeat, "GRACE_S", 3.0)
+    monkeypatch.setattr(heartbeat, "HANG_TIMEOUT_S", 3.0)
     kept.until(kept.answers)
     first = kept.api.pid
     assert first is not None
     for _ in range(10):
-        kept.api.look_after()
+        kept.api.check()
         kept.loop.step(0.25)
     assert kept.starts == 1  # it answers
     os.kill(first, signal.SIGSTOP)

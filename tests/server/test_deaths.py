@@ -96,7 +96,7 @@ def test_deaths_of_others_fail_nobody(server: Server) -> None:
 def test_stops_and_restarts_do_not_count(server: Server) -> None:
     job_id = server.put()
     for _ in range(20):
-        server.jobs.put_all_back()
+        server.jobs.requeue_all()
         assert server.state(job_id) == "queued"
         server.jobs.ready([INFO] * server.rank_group.size)
     server.die()

@@ -149,7 +149,7 @@ def test_nothing_begins_before_the_ranks_are_up_or_while_they_fail(server: Serve
 
 def test_measured_memory_decides_how_many_run(server: Server) -> None:
     cost_history, work = server.jobs.cost_history, work_of({"height": 8, "width": 8}, SIGNATURE)
-    cost_history.at_rest([ModelInfo(SIGNATURE, held_bytes=held, limit_bytes=10_000) for held in (100, 50)])
+    cost_history.record_idle_memory([ModelInfo(SIGNATURE, held_bytes=held, limit_bytes=10_000) for held in (100, 50)])
     cost_history.completed(work, 1.0, 64, 8_500)  # pixels of one job; two have not been seen
     ids = [server.put() for _ in range(4)]
     assert server.running() == ids[:1]
@@ -158,7 +158,7 @@ def test_measured_memory_decides_how_many_run(server: Server) -> None:
     cost_history.completed(work, 1.0, 128, 8_900)
     server.jobs.wake()
     assert server.running() == ids[1:3]
-    cost_history.at_rest([ModelInfo(SIGNATURE, held_bytes=100, limit_bytes=9_000)])
+    cost_history.record_idle_memory([ModelInfo(SIGNATURE, held_bytes=100, limit_bytes=9_000)])
     server.complete(ids[1])
     assert server.running() == ids[2:3]
     server.complete(ids[2])

@@ -34,28 +34,28 @@ def test_a_full_disk_delays_ends(server: Server, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(server.store, "finish", broken)
     server.complete(ids[0])
     assert server.state(ids[0]) == "in_progress"
-    server.jobs.ends.write_again()
+    server.jobs.finisher.retry_writes()
     assert server.running() == ids[1:]  # the ranks go on
     monkeypatch.setattr(server.store, "finish", real)
-    server.jobs.ends.write_again()
+    server.jobs.finisher.retry_writes()
     assert server.state(ids[0]) == "completed"
-    assert server.jobs.ends.all_written
+    assert server.jobs.finisher.all_written
     assert [event for event, _ in server.log.lines].count("store_failed") == 1
 
 
 def test_a_store_that_fails_altogether_for_a_while(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = [server.put() for _ in range(4)]
     with monkeypatch.context() as patch:
-        for name in ("start", "finish", "put_back", "queued", "to_cancel", "get", "remember"):
+        for name in ("start", "finish", "requeue", "queued", "to_cancel", "get", "remember"):
             patch.setattr(server.store, name, broken)
         server.leave(ids[0])
         server.write()
         server.jobs.wake()
         server.jobs.down(Failure("rank 0 has ended"))
         server.jobs.ready([INFO] * server.rank_group.size)
-        server.jobs.ends.write_again()
+        server.jobs.finisher.retry_writes()
         assert not server.jobs.running
-    server.jobs.ends.write_again()
+    server.jobs.finisher.retry_writes()
     server.jobs.wake()
     assert server.state(ids[0]) == "completed"
     assert server.running() == ids[1:3]
@@ -105,7 +105,7 @@ def test_put_back_at_the_stop(server: Server) -> None:
     ids = [server.put() for _ in range(4)]
     server.leave(ids[0])
     server.store.request_cancel(ids[1])
-    server.jobs.put_all_back()
+    server.jobs.requeue_all()
     server.write()
     assert [server.state(one) for one in ids] == ["completed", "cancelled", "queued", "queued"]
     assert server.store.recover() == []
@@ -113,7 +113,7 @@ def test_put_back_at_the_stop(server: Server) -> None:
 
 def test_nothing_begins_at_the_stop(server: Server) -> None:
     job_id = server.put()
-    server.jobs.put_all_back()
+    server.jobs.requeue_all()
     server.jobs.wake()  # the API process has something, while results are being written
     assert server.state(job_id) == "queued"
     assert server.running() == []
@@ -124,15 +124,15 @@ def test_nothing_begins_at_the_stop(server: Server) -> None:
 
 def test_jobs_that_a_fault_lost_run_again(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = [server.put() for _ in range(3)]
-    real = server.jobs.ends.write
-    monkeypatch.setattr(server.jobs.ends, "write", lambda *_, **__: 1 / 0)
+    real = server.jobs.finisher.write
+    monkeypatch.setattr(server.jobs.finisher, "write", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         server.leave(ids[0])
     assert server.state(ids[0]) == "in_progress"
     assert server.running() == ids[1:]
     server.jobs.find_lost()
     assert server.state(ids[0]) == "queued"
-    monkeypatch.setattr(server.jobs.ends, "write", real)
+    monkeypatch.setattr(server.jobs.finisher, "write", real)
     server.leave(ids[1])
     server.jobs.find_lost()  # its result is being written
     server.write()
@@ -141,7 +141,7 @@ def test_jobs_that_a_fault_lost_run_again(server: Server, monkeypatch: pytest.Mo
 
 
 def test_repeated_error_of_a_job_ends_it(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.jobs.ends, "write", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(server.jobs.finisher, "write", lambda *_, **__: 1 / 0)
     job_id = server.put()
     for _ in range(10):
         with contextlib.suppress(ZeroDivisionError, StopIteration):

@@ -18,7 +18,7 @@ from shardit.engine.process import hangs as hang_detector
 from shardit.engine.process.channel import Channel
 from shardit.engine.process.messages import Cancel, RequestFailed, RequestFinished
 from shardit.engine.process.stacks import waits_for_peer
-from shardit.engine.rank.outcomes import Taken
+from shardit.engine.rank.outcomes import ReceivedRequest
 from shardit.engine.rank.programs import Programs
 from shardit.engine.rank.serving import ServingWorker
 from shardit.server.supervisor import running
@@ -164,13 +164,13 @@ def test_messages_between_ranks_are_in_the_package_that_stacks_know() -> None:
 def look(server: Server, monkeypatch: pytest.MonkeyPatch, *stacks: str) -> None:
     """The next look of the supervisor, which finds the ranks so."""
     server.rank_group.stacks = dict(enumerate(stacks))
-    server.jobs.look_after()
+    server.jobs.check()
 
 
 def test_ranks_waiting_for_a_failed_rank_are_restarted(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     job_id = server.put()
     look(server, monkeypatch, WAITS.format(1), WAITS.format(2))
-    assert server.rank_group.looks == 0  # nobody has failed
+    assert server.rank_group.reads == 0  # nobody has failed
     server.jobs.on_rank_message(1, RequestFailed(server.key(job_id), "KeyError: 'x'"))
     look(server, monkeypatch, WORKS.format(1), WAITS.format(2))  # it may come to fail, too
     look(server, monkeypatch, WORKS.format(1), WAITS.format(2))
@@ -230,7 +230,7 @@ def test_all_ranks_that_fail_alike_are_left_alone(server: Server, monkeypatch: p
     server.jobs.on_rank_message(1, RequestFinished(key, "sum", error="ValueError: height"))
     assert server.state(job_id) == "failed"
     assert server.rank_group.failures == []
-    assert server.rank_group.looks == 0
+    assert server.rank_group.reads == 0
 
 
 class _TwoSegments:
@@ -261,7 +261,7 @@ def test_a_cancelled_job_leaves_when_its_calls_in_flight_have_ended() -> None:
     worker = ServingWorker(session, channel)  # pyright: ignore[reportArgumentType]
     program = Program(lambda: None, 1, error=Interrupted())
     assert isinstance(worker.requests, Programs)
-    worker.requests.running[program] = Taken(7, SimpleNamespace())
+    worker.requests.running[program] = ReceivedRequest(7, SimpleNamespace())
     assert not flight.finished
     worker.finish(program)
     assert said == [(True, True)]
@@ -296,7 +296,7 @@ def test_a_job_cancelled_in_a_step_without_a_pause_begins_no_other(stages: int) 
         program=program,
     )
     worker = ServingWorker(session, channel)
-    worker.requests.add(Taken(7, SimpleNamespace()))
+    worker.requests.add(ReceivedRequest(7, SimpleNamespace()))
     for one in loop.rounds(worker.admit, lambda active: active > 0):
         worker.finish(one)
         assert isinstance(one.error, Interrupted)

@@ -44,7 +44,7 @@ def test_old_jobs_are_forgotten_by_and_by(store: Store, tmp_path: Path) -> None:
     with listening("127.0.0.1", 0) as listener:
         options = ServeOptions("tiny/flux", tmp_path, port=0, keep_days=-1.0)
         supervisor = Supervisor(options, cast(Any, None), listener, Nowhere())
-        supervisor.api.look_after = lambda: None  # type: ignore[method-assign]
+        supervisor.api.check = lambda: None  # type: ignore[method-assign]
         supervisor.tick()
         assert store.counts() == {"failed": 5, "queued": 1}
         supervisor.tick()
@@ -78,7 +78,7 @@ def test_jobs_cancelled_while_they_wait_are_counted(store: Store, tmp_path: Path
         store.start(running)
         store.request_cancel(running)  # which the dispatcher counts when the ranks have let go
         assert cancelled() == 2
-        supervisor.jobs.ends.end(supervisor.store.in_progress()[0], "cancelled")
+        supervisor.jobs.finisher.end(supervisor.store.in_progress()[0], "cancelled")
         assert cancelled() == 3
         store.start(lost)
         store.request_cancel(lost)

@@ -45,7 +45,7 @@ def test_equal_jobs_go_in_order(store: Store, clock: Clock) -> None:
     ids = [put(store) for _ in range(20)]
     assert order(store) == ids
     store.start(ids[3])
-    store.put_back(ids[3])
+    store.requeue(ids[3])
     assert order(store) == ids
 
 

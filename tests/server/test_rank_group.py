@@ -117,7 +117,7 @@ def test_rank_that_exits_during_a_hang_is_reported_once(played: Played) -> None:
 
 def test_stacks_of_exited_ranks_are_not_reported(played: Played) -> None:
     seen: list[Any] = []
-    played.rank_group.look(seen.append)
+    played.rank_group.read_stacks(seen.append)
     played.ends[1].close()
     played.until(lambda: played.downs)
     assert played.downs[0].text == "rank 1 failed: its connection has closed"

@@ -38,17 +38,17 @@ Supervisor.run = patched
 
 STUCK_WRITER = """
 def prepare(self):
-    self.jobs.ends.writing["image_x"] = self.writers.submit(time.sleep, 100)
+    self.jobs.finisher.writing["image_x"] = self.writers.submit(time.sleep, 100)
 """
 
 STUCK_LOOP = """
-forced_exit.END_S = 2.0
+forced_exit.EXIT_TIMEOUT_S = 2.0
 def prepare(self):
     self.loop.call(time.sleep, 100)
 """
 
 STUCK_RANKS = """
-forced_exit.END_S = 2.0
+forced_exit.EXIT_TIMEOUT_S = 2.0
 def prepare(self):
     placement.stop = lambda *_: time.sleep(100)
 """
@@ -63,7 +63,7 @@ def prepare(self):
 
 # As by an API process that was stopped in the middle of a transaction.
 STUCK_STORE = """
-forced_exit.END_S = 2.0
+forced_exit.EXIT_TIMEOUT_S = 2.0
 def prepare(self):
     db = sqlite3.connect(folder / "jobs.sqlite", isolation_level=None, check_same_thread=False)
     threading.Timer(0.5, lambda: db.execute("BEGIN IMMEDIATE")).start()
@@ -71,7 +71,7 @@ def prepare(self):
 """
 
 STUCK_LOG = """
-forced_exit.END_S = 2.0
+forced_exit.EXIT_TIMEOUT_S = 2.0
 def prepare(self):
     reads, writes = os.pipe()
     os.dup2(writes, 2)
@@ -96,7 +96,7 @@ def test_endless_write_does_not_block_the_exit(tmp_path: Path) -> None:
 def test_forced_exit_of_a_stuck_process(tmp_path: Path, stuck: str) -> None:
     store = Store(tmp_path)
     job = store.accept(NewJob("image", {"prompt": "a cat"}, 1, 1.0), queue_size=1)[0]
-    assert "ended_by_force" in end_of(stuck, tmp_path).stderr
+    assert "forced_exit" in end_of(stuck, tmp_path).stderr
     assert store.queued() == [job]
     store.close()
 

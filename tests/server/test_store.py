@@ -57,7 +57,7 @@ def test_exactly_one_end(store: Store, end: Any, begun: bool) -> None:
         assert not store.finish(job_id, other, error={"code": "late"})
     store.request_cancel(job_id)
     assert not store.start(job_id)
-    assert not store.put_back(job_id)
+    assert not store.requeue(job_id)
     assert store.recover() == []
     assert job(store, job_id) == ended
 
@@ -67,8 +67,8 @@ def test_start_takes_a_job_once(store: Store) -> None:
     assert store.start(job_id)
     assert not store.start(job_id)
     assert job(store, job_id).attempts == 1
-    assert store.put_back(job_id)
-    assert not store.put_back(job_id)
+    assert store.requeue(job_id)
+    assert not store.requeue(job_id)
     assert store.start(job_id)
     assert job(store, job_id).attempts == 2
 
@@ -78,7 +78,7 @@ def test_a_cancelled_job_is_not_put_back(store: Store) -> None:
     store.start(job_id)
     store.request_cancel(job_id)
     assert store.to_cancel() == [job_id]
-    assert not store.put_back(job_id)
+    assert not store.requeue(job_id)
     assert store.finish(job_id, "cancelled")
 
 
@@ -86,7 +86,7 @@ def test_deaths_are_counted(store: Store) -> None:
     job_id = put(store)
     for died, alone in ((False, False), (True, False), (True, True), (False, True)):
         store.start(job_id)
-        store.put_back(job_id, died=died, alone=alone)
+        store.requeue(job_id, died=died, alone=alone)
     assert (job(store, job_id).deaths, job(store, job_id).deaths_alone) == (2, 1)
 
 

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
-from shardit.server.jobs.job import ENDED, OPEN
+from shardit.server.jobs.job import ENDED
 from shardit.server.jobs.store import Store
 from tests.support.stores import FORK, Clock, folders, put
 
@@ -30,7 +30,7 @@ def act_at_random(folder: Path, seed: int, ids: list[str], ready: Any) -> list[t
         deed = chance.choice(("start", "finish", "cancel", "back", "delete"))
         if deed == "start" and store.start(job_id):
             ours.append((job_id, "start"))
-        elif deed == "back" and store.put_back(job_id):
+        elif deed == "back" and store.requeue(job_id):
             ours.append((job_id, "back"))
         elif deed == "cancel":
             store.request_cancel(job_id)
@@ -124,15 +124,15 @@ class Jobs(RuleBasedStateMachine):
             self.states[job_id] = "in_progress"
 
     @rule(job_id=ids, which=st.integers(0, 1))
-    def put_back(self, job_id: str, which: int) -> None:
+    def requeue(self, job_id: str, which: int) -> None:
         possible = self.states.get(job_id) == "in_progress" and job_id not in self.wanted
-        assert self.stores[which].put_back(job_id) == possible
+        assert self.stores[which].requeue(job_id) == possible
         if possible:
             self.states[job_id] = "queued"
 
     @rule(job_id=ids, which=st.integers(0, 1), end=st.sampled_from(ENDED))
     def finish(self, job_id: str, which: int, end: Any) -> None:
-        possible = self.states.get(job_id) in OPEN
+        possible = self.states.get(job_id) in ("queued", "in_progress")
         assert self.stores[which].finish(job_id, end) == possible
         if possible:
             self.states[job_id] = end

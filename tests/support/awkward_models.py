@@ -384,7 +384,7 @@ class Caching(Block):
 
 
 class AttributeOutside(Plain):
-    refused = "the same course on every rank"
+    refused = "the same control flow on every rank"
     block = Caching
 
     def run(self, x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:

@@ -46,7 +46,7 @@ class FakePipe(Channel):
         return bytearray(data)
 
 
-class FakeFleet:
+class FakeRankGroup:
     """Plays the part of `RankGroup`: nothing runs, and the test sends the messages of ranks."""
 
     def __init__(self, size: int, on_down: Callable[[Failure], None]):
@@ -57,7 +57,7 @@ class FakeFleet:
         self.sent: list[tuple[int, Any]] = []
         self.failures: list[str] = []
         self.stacks: dict[int, str] = {}
-        self.looks = 0
+        self.reads = 0
 
     def pipes(self, ranks: Iterable[int]) -> list[Any]:
         return [FakePipe(rank, self.sent) for rank in ranks]
@@ -70,8 +70,8 @@ class FakeFleet:
     def hang(self, reason: str, silent: Iterable[int]) -> None:
         self.fail(reason)
 
-    def look(self, seen: Callable[[dict[int, str]], None]) -> None:
-        self.looks += 1
+    def read_stacks(self, seen: Callable[[dict[int, str]], None]) -> None:
+        self.reads += 1
         seen(self.stacks)
 
 
@@ -115,7 +115,7 @@ class Server:
 
     store: Store
     jobs: Dispatcher
-    rank_group: FakeFleet
+    rank_group: FakeRankGroup
     writer: ManualWriter
     log: Log
     told: list[Any]
@@ -201,7 +201,7 @@ def played_server(folder: Path, **sizes: int) -> Iterator[Server]:
     config = DiffusionParallelConfig(**sizes)
     options = ServeOptions("x", folder, config)
     store, loop = Store(folder), Loop(lambda: None)
-    rank_group = FakeFleet(config.world_size, on_down=lambda down: jobs.down(down))
+    rank_group = FakeRankGroup(config.world_size, on_down=lambda down: jobs.down(down))
     writer, log, told = ManualWriter(), Log(), []
     jobs = Dispatcher(options, store, rank_group, loop, writer, told.append, log, SupervisorMetrics())  # type: ignore[arg-type]
     jobs.slots = 2

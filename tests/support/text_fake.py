@@ -19,7 +19,7 @@ from tests.support.http_fake import FakeSupervisor, Served, serving
 
 END = 1
 LIMIT = 64
-_LOOK_S = 0.03
+_POLL_INTERVAL_S = 0.03
 INFO = LanguageInfo(LIMIT, 258, {"eos_token_id": END})
 
 
@@ -63,7 +63,7 @@ def run_text(supervisor: FakeSupervisor, job: Job, wait_s: Any) -> None:
     results = [repeated(row) for row in rows]
     prompt = text_of(rows[0].prompt)
     shown = [tokens[:-1] if reason == "stop" and stop is None else tokens for tokens, reason, stop, _ in results]
-    wait_s(_LOOK_S)  # in which the server has looked into the store
+    wait_s(_POLL_INTERVAL_S)  # in which the server has looked into the store
     for step in range(max(map(len, shown))):
         wait_s(0.05 if "slow" in prompt else 0)
         supervisor.tell(Tokens(job.id, tuple(row[step] if step < len(row) else None for row in shown)))
@@ -73,7 +73,7 @@ def run_text(supervisor: FakeSupervisor, job: Job, wait_s: Any) -> None:
         if "fail" in prompt and step == 1:
             supervisor.store.finish(job.id, "failed", error={"code": "ranks_died", "message": "a rank died"})
             return
-    wait_s(_LOOK_S)
+    wait_s(_POLL_INTERVAL_S)
     supervisor.store.finish(job.id, "completed", details=stored_results(GroupOutput(results)))
 
 

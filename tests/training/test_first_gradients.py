@@ -13,7 +13,7 @@ import torch
 
 from shardit import UnsupportedError, training
 from shardit.core.training import first_gradients
-from shardit.core.training.course import CutTensor
+from shardit.core.training.loss_plan import CutTensor
 from tests.support.ranks import run_ranks
 from tests.training.cases import cases, odd
 from tests.training.models import Task, task

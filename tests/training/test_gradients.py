@@ -180,7 +180,7 @@ def padded(rank: int, size: int, method: str) -> tuple[list[float], int, int]:
         found.append(worst(staged.named_parameters(), plain)[0])
     known = staged.cut_loss.known.schedules.values()
     runs = sum(count for block, count in staged.cut_loss.cut.ran.items() if block in (0, 2))
-    return found, len({one.course.digest() for one in known}), runs
+    return found, len({one.plan.digest() for one in known}), runs
 
 
 def test_masks_with_other_values_are_watched_once() -> None:

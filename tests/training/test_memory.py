@@ -77,8 +77,8 @@ def frozen(rank: int, size: int, method: str, name: str) -> dict[str, Any]:
     return {
         "frozen with a gradient": sum(p.grad is not None for p in parameters.values() if not p.requires_grad),
         "blocks of others": sum(not p.is_meta for n, p in parameters.items() if _foreign(n, staged)),
-        "gradients that cross": sum(item.differentiable for item in schedules.course.cuts[0]),
-        "tensors that cross": len(schedules.course.cuts[0]),
+        "gradients that cross": sum(item.differentiable for item in schedules.plan.cuts[0]),
+        "tensors that cross": len(schedules.plan.cuts[0]),
     }
 
 

@@ -34,7 +34,7 @@ class JoinedRanks:
         """Load this rank's share of the model."""
         from shardit.core.comm.group import GroupCoordinator
 
-        with naming_rank(self.rank):
+        with errors_with_rank(self.rank):
             self._session = open_session(
                 self.spec, rank=self.rank, world_size=self.spec.config.world_size, init_method="env://"
             )
@@ -43,7 +43,7 @@ class JoinedRanks:
     def generate(self, build: Callable[[], list[Any]], on_progress: OnProgress) -> list[Output]:
         """Run the requests that `build` returns on rank 0, which draws seeds and reads images, on all ranks. A rank
         waits for another one as long as for any message."""
-        with naming_rank(self.rank):
+        with errors_with_rank(self.rank):
             requests = self._world.broadcast_object(made_or_error(build) if self.rank == 0 else None)
             if isinstance(requests, (InputError, RankError)):
                 raise requests
@@ -71,7 +71,7 @@ def check_world_size(wanted: int) -> None:
 
 
 @contextlib.contextmanager
-def naming_rank(rank: int) -> Iterator[None]:
+def errors_with_rank(rank: int) -> Iterator[None]:
     """Raise RankError, which names this rank, for errors of other kinds."""
     try:
         yield

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from shardit.diffusion.request.model_info import ModelInfo
 
 CLOSE_GRACE_S = 1.0
-LOOK_EVERY_S = 0.1
+POLL_INTERVAL_S = 0.1
 
 
 class StartedRanks:
@@ -51,17 +51,17 @@ class StartedRanks:
         self.owner = os.getpid()
         self.placement = placement or LocalPlacement(spec.timeout_s)
         self._lock = threading.RLock()
-        self._loop = Loop(self._look, LOOK_EVERY_S)
+        self._loop = Loop(self._check, POLL_INTERVAL_S)
         self._group = RankGroup(
             spec,
             self.placement,
             self._loop,
-            on_up=self._set_up,
-            on_down=self._set_down,
-            on_message=self._take,
+            on_up=self._on_up,
+            on_down=self._on_down,
+            on_message=self._on_message,
             timeouts=timeouts,
         )
-        self._together = spec.config.world_size // spec.config.data_parallel_size
+        self._ranks_per_replica = spec.config.world_size // spec.config.data_parallel_size
         self._in_flight: dict[int, InFlight] = {}
         self._hangs = HangDetector(self._group, self._in_flight.values, lambda _: self.spec.timeout_s, timeouts.probe_s)
         self._held: list[int] = []
@@ -123,7 +123,7 @@ class StartedRanks:
         requests: list[InFlight] = []
         for number, begin in enumerate(begins):
             replica = number % self.spec.config.data_parallel_size
-            ranks = range(replica * self._together, (replica + 1) * self._together)
+            ranks = range(replica * self._ranks_per_replica, (replica + 1) * self._ranks_per_replica)
             requests.append(InFlight(replica, ranks))
             self._in_flight[begin.key] = requests[-1]
             self._hangs.begins(replica)
@@ -139,18 +139,18 @@ class StartedRanks:
         if self._failure is not None:
             raise self._failure.error()
 
-    def _set_up(self, infos: list[ModelInfo]) -> None:
+    def _on_up(self, infos: list[ModelInfo]) -> None:
         self.info, self._up = infos[0], True
         self._held = [info.held_bytes for info in infos]  # the peak of a rank without a request
         self._hangs.reset()
 
-    def _set_down(self, failure: Failure) -> None:
+    def _on_down(self, failure: Failure) -> None:
         self._failure = failure
 
-    def _take(self, rank: int, message: Any) -> None:
+    def _on_message(self, rank: int, message: Any) -> None:
         if isinstance(message, BatchStep):
             for progress in message.of:
-                self._take(rank, progress)
+                self._on_message(rank, progress)
             return
         one = self._in_flight.get(message.key)
         if one is None:
@@ -159,7 +159,7 @@ class StartedRanks:
         if isinstance(message, Progress):
             self._on_step(message)
         elif isinstance(message, (RequestFailed, RequestFinished)):
-            one.take(rank, message)
+            one.record(rank, message)
             if isinstance(message, RequestFinished) and message.rejected:
                 self._loop.later(self._group.timeouts.own_s, self._rejected_alone, message)
             if (outcomes := one.difference()) is not None:
@@ -172,11 +172,11 @@ class StartedRanks:
         if message.key in self._in_flight:
             self._failure = Failure.of_rejection(InputRejected(message.error or ""))
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         since, timeout_s = self._group.loading_since, self.spec.timeout_s
         if since is not None and time.monotonic() - since > timeout_s and not self._group.failing:
             self._group.hang(f"no progress for {timeout_s:g} s", self._group.loading)
-        self._hangs.look()
+        self._hangs.check()
 
     @contextlib.contextmanager
     def _ending_ranks_on_error(self) -> Iterator[None]:
@@ -189,7 +189,7 @@ class StartedRanks:
     def _end_ranks(self, grace_s: float = 0.0) -> None:
         self._up = False
         self._in_flight.clear()
-        self._group.leave()
+        self._group.disconnect()
         self.placement.kill(grace_s)
 
 

@@ -234,7 +234,7 @@ def add_delegates(cache: Any, like: tuple[dict[int, int], set[int] | None]) -> N
         setattr(cache, OWN, set(like[1]))
 
 
-class Elsewhere(torch.Tensor):
+class RemoteCacheTensor(torch.Tensor):
     """A tensor of a cache layer of another rank, over that of an own layer: its shape can be read, but not its data."""
 
     @classmethod
@@ -257,7 +257,7 @@ def _class_of(cls: type) -> type:
 
     def __getattr__(self: Any, name: str) -> Any:
         value = getattr(object.__getattribute__(self, OWN), name)
-        return value.as_subclass(Elsewhere) if isinstance(value, torch.Tensor) else value
+        return value.as_subclass(RemoteCacheTensor) if isinstance(value, torch.Tensor) else value
 
     def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
         return type(self)(copy.deepcopy(getattr(self, OWN), memo))

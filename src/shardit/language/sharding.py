@@ -147,7 +147,7 @@ def shard_decoder(model: Any, runtime: Runtime, layout: DecoderLayout, config: D
     stages, checks = None, getattr(model, "shardit_checks", None)
     if runtime.mesh.pp_size > 1:
         caches = StageCaches(layout.owners, runtime.comm.rank, [plain_class(block) for _, block in blocks])
-        exchange = TensorExchange(runtime.comm, runtime.loop.let_others)
+        exchange = TensorExchange(runtime.comm, runtime.loop.yield_to_others)
         stages = DecoderStages(model, exchange, blocks, layout.owners, caches, collected)
         drop_blocks(model, blocks, layout.owners, runtime.comm.rank, None)
         stages.install()

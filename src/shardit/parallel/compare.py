@@ -13,17 +13,17 @@ SLACK = {torch.float32: 2.0}
 """One block in float32 may differ a little more than a whole model may (`CLOSE`), whose sums average it out."""
 
 
-def disturbed(leaves: list[Any]) -> list[Any]:
+def perturbed(leaves: list[Any]) -> list[Any]:
     """Return the leaves with noise in every tensor of numbers or of booleans, the same noise on every rank."""
     generator = torch.Generator("cpu").manual_seed(0)
     made: dict[int, torch.Tensor] = {}
     for leaf in leaves:
         if isinstance(leaf, torch.Tensor) and id(leaf) not in made:
-            made[id(leaf)] = _disturb(leaf, generator)
+            made[id(leaf)] = _perturb(leaf, generator)
     return [made[id(leaf)] if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
 
 
-def _disturb(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _perturb(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     if tensor.ndim < 2 or tensor.numel() == 0:
         return tensor
     if tensor.dtype is torch.bool:

@@ -109,8 +109,8 @@ class ServeFlags(
                     raise InputError(f"--{name.replace('_', '-')}: {self.model} is {kind}; leave it out")
 
     def _keys(self) -> list[str]:
-        told = os.environ.get("SHARDIT_API_KEY", "")
-        keys = self.api_key or ([key for key in told.split(",") if key.strip()] or [""] if told else [])
+        value = os.environ.get("SHARDIT_API_KEY", "")
+        keys = self.api_key or ([key for key in value.split(",") if key.strip()] or [""] if value else [])
         for key in keys:
             if not re.fullmatch(r"[\x21-\x7e]+", key.strip()):
                 raise InputError(
@@ -138,8 +138,8 @@ def default_data_dir(name: str) -> Path:
     with contextlib.suppress(InputError):  # a name that clients see need be no path
         folder = user_path("model", name)
         name = str(folder.resolve()) if folder.is_dir() else name
-    told = os.environ.get("XDG_DATA_HOME")
-    base = user_path("XDG_DATA_HOME", told) if told else home_folder("give --data-dir") / ".local" / "share"
+    value = os.environ.get("XDG_DATA_HOME")
+    base = user_path("XDG_DATA_HOME", value) if value else home_folder("give --data-dir") / ".local" / "share"
     plain = re.sub(r"[^A-Za-z0-9._-]+", "--", name).strip("-.")
     if len(plain) > _LONGEST_NAME:
         plain = f"{plain[:_LONGEST_NAME]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:12]}"

@@ -33,7 +33,7 @@ class TrainingRecipe:
     """Models of a run, their data and their loss.
 
     All functions are pure: `micro_batches` depends on nothing but its arguments, the settings and the data. So a run
-    resumes from the number of its step, any rank can tell what any replica is given, and a loss draws the same
+    resumes from the number of its step, any rank knows the data of any replica, and a loss draws the same
     numbers wherever it runs.
 
     A kind of model makes one: `recipe(settings, mesh, config)` in `training/diffusion/recipe.py` and

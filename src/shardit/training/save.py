@@ -75,7 +75,7 @@ def _writer(model: Any, adapter: bool) -> Callable[[Path], None]:
     if adapter and type(model).__module__.partition(".")[0] == "diffusers":
         return lambda folder: _write_lora(model, folder)
     if adapter and type(model).__module__.partition(".")[0] == "peft":
-        # peft asks the hub whether the embedding was resized, if it is not told.
+        # peft asks the hub whether the embedding was resized, unless this is given.
         return lambda folder: model.save_pretrained(str(folder), save_embedding_layers=False)
     if hasattr(model, "save_pretrained"):
         return lambda folder: _write_quietly(model, folder)

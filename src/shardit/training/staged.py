@@ -91,7 +91,7 @@ class Stages:
     ):
         self.model, self.config, self.mesh = model, config, mesh
         if SWAPPED in vars(type(model)):
-            raise InputError(f"{type(model).__name__} is parallel already: build the model anew for stages()")
+            raise InputError(f"{type(model).__name__} is parallel already: build the model again for stages()")
         comm = Comm(mesh.pipeline)
         blocks = _blocks_of(model, plan, comm.size, mesh.sizes["tp"])
         _compare_weights(model, mesh)

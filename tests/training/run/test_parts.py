@@ -228,7 +228,7 @@ def test_progress_is_lines_where_there_is_no_terminal(tmp_path: Path, capsys: py
     report = Report(tmp_path, True, 60, 0, False)
     for step in range(1, 61):
         report.row({"step": step, "loss": None if step == 3 else 0.5, "lr": 1e-4})
-    report.say("done")
+    report.print_line("done")
     report.close()
     said = capsys.readouterr()
     lines = said.err.splitlines()

@@ -110,7 +110,7 @@ class Boundary:
             for name, child in module.named_children():
                 self.install(child, f"{path}.{name}" if path else name)
 
-    def reach(self, values: Iterable[Any]) -> None:
+    def install_on(self, values: Iterable[Any]) -> None:
         """Install the interceptor on each value that is a part of the component."""
         paths = {id(part): path for path, part in self._plain[0][0].named_modules()}
         for value in values:
@@ -226,7 +226,7 @@ class Boundary:
             if self.inside or self.libraries is None or not listed_by_user(self.libraries):
                 return found
             listed_ones = list(found)
-            self.reach(part for _, part in listed_ones)
+            self.install_on(part for _, part in listed_ones)
             return iter(listed_ones)
 
         return listed

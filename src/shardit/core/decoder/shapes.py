@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from shardit.core.decoder.stage_tensor import Look, look_of
+from shardit.core.decoder.stage_tensor import Layout, layout_of
 from shardit.errors import UnsupportedError
 
 Dim = int | tuple[int, int]
 """A length, or the number of an argument and that of its dim that is as long."""
 
-Looks = list[Look | None] | None
+Layouts = list[Layout | None] | None
 """Shape and dtype of each leaf that is a new tensor, None for other leaves; None if several sizes are
 possible."""
 
@@ -54,21 +54,23 @@ class Returned:
         return _returned_as, (example, self.leaves, self.writes, self.calls)
 
     @functools.cached_property
-    def lone(self) -> bool:
+    def single(self) -> bool:
         """Whether it is one new tensor."""
         return self.spec.is_leaf() and self.leaves[0].dims is not None
 
-    def looks_then(self) -> Looks:
-        """Return what new tensors look like in the call that it describes."""
+    def own_layouts(self) -> Layouts:
+        """Return the layouts of new tensors in the call that it describes."""
         sizes = ([next(n for n in dim if isinstance(n, int)) for dim in leaf.dims or ()] for leaf in self.leaves)
-        return [None if leaf.dims is None else _look(leaf, size) for leaf, size in zip(self.leaves, sizes, strict=True)]
+        return [
+            None if leaf.dims is None else _layout(leaf, size) for leaf, size in zip(self.leaves, sizes, strict=True)
+        ]
 
 
 def _returned_as(example: Any, leaves: tuple[DecoderLeaf, ...], writes: tuple[int, ...], calls: int) -> Returned:
     return Returned(tree_flatten(example)[1], leaves, writes, calls)
 
 
-def _look(leaf: DecoderLeaf, size: Sequence[int]) -> Look:
+def _layout(leaf: DecoderLeaf, size: Sequence[int]) -> Layout:
     assert leaf.dtype is not None
     return torch.Size(size), strides(tuple(size), leaf.order), 0, leaf.dtype
 
@@ -148,10 +150,10 @@ def narrowed(known: Returned, found: Returned) -> Returned:
 _ONE = frozenset((1,))
 
 
-def looks(returned: Returned, arguments: Sequence[Any]) -> Looks:
-    """Return what new tensors look like in a call with these arguments; None if what is known leaves several sizes
+def layouts(returned: Returned, arguments: Sequence[Any]) -> Layouts:
+    """Return the layouts of new tensors in a call with these arguments; None if what is known leaves several sizes
     possible."""
-    found: list[Look | None] = []
+    found: list[Layout | None] = []
     for leaf in returned.leaves:
         if leaf.dims is None:
             found.append(None)
@@ -164,22 +166,22 @@ def looks(returned: Returned, arguments: Sequence[Any]) -> Looks:
             if len(lengths) != 1:
                 return None
             size.append(lengths.pop())
-        found.append(_look(leaf, size))
+        found.append(_layout(leaf, size))
     return found
 
 
-def fits(out: Any, writes: tuple[int, ...], known: Returned | None, expected: Looks) -> bool:
+def fits(out: Any, writes: tuple[int, ...], known: Returned | None, expected: Layouts) -> bool:
     """Return whether a result is what the other ranks take it for."""
     assert known is not None
     assert expected is not None
-    if known.lone and type(out) is torch.Tensor and writes == known.writes and look_of(out) == expected[0]:
+    if known.single and type(out) is torch.Tensor and writes == known.writes and layout_of(out) == expected[0]:
         return True  # nearly always
     leaves, spec = tree_flatten(out)
     if (spec, writes) != (known.spec, known.writes):
         return False
-    for got, leaf, look in zip(leaves, known.leaves, expected, strict=True):
-        if look is not None:
-            if not isinstance(got, torch.Tensor) or got.shape != look[0] or not _as_known(got, leaf):
+    for got, leaf, layout in zip(leaves, known.leaves, expected, strict=True):
+        if layout is not None:
+            if not isinstance(got, torch.Tensor) or got.shape != layout[0] or not _as_known(got, leaf):
                 return False
         elif leaf.arg < 0 and got != leaf.value:
             return False

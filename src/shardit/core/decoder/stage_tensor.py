@@ -69,18 +69,18 @@ class StageTensor(torch.Tensor):
         return _run(func, args, kwargs or {})
 
 
-Look = tuple[torch.Size, tuple[int, ...], int, torch.dtype]
+Layout = tuple[torch.Size, tuple[int, ...], int, torch.dtype]
 """Size, strides, offset in the storage and dtype of a tensor."""
 
 
-def look_of(tensor: torch.Tensor) -> Look:
+def layout_of(tensor: torch.Tensor) -> Layout:
     """Return shape, strides, offset and dtype of a tensor."""
     return tensor.shape, tensor.stride(), int(tensor.storage_offset()), tensor.dtype
 
 
-def stage_tensor(look: Look, data: torch.Tensor | None, memory: Memory, exchange: TensorExchange) -> StageTensor:
+def stage_tensor(layout: Layout, data: torch.Tensor | None, memory: Memory, exchange: TensorExchange) -> StageTensor:
     """Return a stage tensor over a tensor of this rank, or over nothing."""
-    size, strides, offset, dtype = look
+    size, strides, offset, dtype = layout
     out: Any = torch.Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
         StageTensor, size, strides=strides, storage_offset=offset, dtype=dtype, device=exchange.device
     )
@@ -129,14 +129,14 @@ def mapped(function: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tenso
     if type(tensor) is not StageTensor:
         return function(tensor)
     data = None if tensor.data_here is None else function(tensor.data_here)
-    look = look_of(torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
-    return stage_tensor(look, data, Memory(tensor.holders), tensor.exchange)
+    layout = layout_of(torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
+    return stage_tensor(layout, data, Memory(tensor.holders), tensor.exchange)
 
 
 def held_as(like: StageTensor, made: torch.Tensor) -> StageTensor:
     """A tensor that all ranks have, for use on the ranks that own the memory of another one."""
     ranks, exchange = like.memory.holders, like.exchange
-    return stage_tensor(look_of(made), made if exchange.rank in ranks else None, Memory(ranks), exchange)
+    return stage_tensor(layout_of(made), made if exchange.rank in ranks else None, Memory(ranks), exchange)
 
 
 @dataclass(frozen=True)
@@ -228,16 +228,18 @@ def _wrapped(out: Any, kind: _Kind, base: StageTensor, ranks: frozenset[int], ex
     def wrap(made: Any) -> Any:
         if not isinstance(made, (torch.Tensor, _Shape)):
             return made
-        look, data = (made.look, None) if isinstance(made, _Shape) else (look_of(made), made)
+        layout, data = (made.layout, None) if isinstance(made, _Shape) else (layout_of(made), made)
         if kind.view:
-            view = stage_tensor(look, data, base.memory, exchange)
+            view = stage_tensor(layout, data, base.memory, exchange)
             if base.copy_ranks:
                 view.copy_ranks, view.copy = base.copy_ranks, base.copy
                 base.memory.add_copied(view)
             return view
-        if not look[3].is_floating_point and look[0].numel() <= SMALL:
-            return data if len(ranks) == exchange.size else exchange.share(_meta(look) if data is None else data, ranks)
-        return stage_tensor(look, data, Memory(ranks), exchange)
+        if not layout[3].is_floating_point and layout[0].numel() <= SMALL:
+            return (
+                data if len(ranks) == exchange.size else exchange.share(_meta(layout) if data is None else data, ranks)
+            )
+        return stage_tensor(layout, data, Memory(ranks), exchange)
 
     return wrap(out) if isinstance(out, (torch.Tensor, _Shape)) else tree_map(wrap, out)
 
@@ -271,7 +273,7 @@ def global_generator(device: torch.device) -> torch.Generator:
 class _Shape:
     """A tensor of a result that this rank does not have."""
 
-    look: Look
+    layout: Layout
 
 
 _known_shapes: dict[Any, Any] = {}
@@ -279,14 +281,14 @@ _known_shapes: dict[Any, Any] = {}
 
 def _shapes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return the result of an operation with a `_Shape` for each tensor. Meta kernels find it, once for operands of a
-    look: many are Python code and take ten times as long as the operation itself."""
+    layout: many are Python code and take ten times as long as the operation itself."""
     key = (func, _key(args), _key(tuple(kwargs.items())))
     try:
         return _known_shapes[key]
     except (KeyError, TypeError) as error:
         meta_args, meta_kwargs = tree_map(_as_meta, (args, kwargs))
         out = func(*meta_args, **meta_kwargs)
-        out = tree_map(lambda leaf: _Shape(look_of(leaf)) if isinstance(leaf, torch.Tensor) else leaf, out)
+        out = tree_map(lambda leaf: _Shape(layout_of(leaf)) if isinstance(leaf, torch.Tensor) else leaf, out)
         if isinstance(error, KeyError):
             if len(_known_shapes) >= MAX_SHAPES:
                 _known_shapes.clear()
@@ -300,7 +302,7 @@ MAX_SHAPES = 4096
 
 def _key(values: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(
-        look_of(value)
+        layout_of(value)
         if isinstance(value, torch.Tensor)
         else _key(value)
         if isinstance(value, (list, tuple))
@@ -314,7 +316,7 @@ def _data(leaf: Any) -> Any:
 
 
 def _or_meta(tensor: StageTensor) -> torch.Tensor:
-    return _meta(look_of(tensor)) if tensor.data_here is None else tensor.data_here
+    return _meta(layout_of(tensor)) if tensor.data_here is None else tensor.data_here
 
 
 def _example(leaf: Any) -> Any:
@@ -326,12 +328,12 @@ def _example(leaf: Any) -> Any:
 
 def _as_meta(leaf: Any) -> Any:
     if isinstance(leaf, torch.Tensor):
-        return leaf if leaf.is_meta else _meta(look_of(leaf))
+        return leaf if leaf.is_meta else _meta(layout_of(leaf))
     return torch.device("meta") if isinstance(leaf, torch.device) else leaf
 
 
-def _meta(look: Look) -> torch.Tensor:
-    size, strides, offset, dtype = look
+def _meta(layout: Layout) -> torch.Tensor:
+    size, strides, offset, dtype = layout
     if not offset:
         return torch.empty_strided(size, strides, dtype=dtype, device="meta")
     last = offset + sum((length - 1) * step for length, step in zip(size, strides, strict=True))

@@ -14,9 +14,9 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from shardit.core.comm.barrier import sendable
-from shardit.core.decoder.given import Given, of_kind
-from shardit.core.decoder.shapes import Looks, Returned, describe, fits, narrowed, without_gaps
-from shardit.core.decoder.stage_tensor import Memory, StageTensor, bring, look_of, stage_tensor
+from shardit.core.decoder.block_arguments import BlockArguments, of_kind
+from shardit.core.decoder.shapes import Layouts, Returned, describe, fits, narrowed, without_gaps
+from shardit.core.decoder.stage_tensor import Memory, StageTensor, bring, layout_of, stage_tensor
 from shardit.core.decoder.tensor_exchange import TensorExchange
 from shardit.core.modules.patching import subclass_in_place
 from shardit.core.runtime.versions import changed, mark
@@ -95,7 +95,7 @@ class DecoderStages:
     _results: dict[Returned, Returned] = field(default_factory=dict)
     _storing: set[int] = field(default_factory=set)
     _inside: bool = False
-    _given: Given | None = None
+    _arguments: BlockArguments | None = None
 
     def __post_init__(self) -> None:
         self._each = [frozenset((rank,)) for rank in range(self.exchange.size)]
@@ -108,7 +108,7 @@ class DecoderStages:
     def end_call(self) -> None:
         """Release the arguments of blocks at the end of a call of the model, as caches and masks may be large."""
         self.caches.end_call()
-        self._given = None
+        self._arguments = None
 
     def _intercepted(self, index: int, own: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(own)
@@ -122,29 +122,29 @@ class DecoderStages:
     def block_call(self, index: int, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a block on its owner; the others get stage tensors for its results."""
         owner, exchange = self.owners[index], self.exchange
-        given = None if self._given is None else self._given.next(args, kwargs)
-        if given is None:
-            given = Given.of(args, kwargs, self._mode(index), self._structures, self.caches.among)
-        self._given = given
-        bring(given.staged, self._each[owner])
-        self.caches.before_call(given.caches, given.leaves)
-        key, names = (index, given.structure), self.collector.names()
+        arguments = None if self._arguments is None else self._arguments.next(args, kwargs)
+        if arguments is None:
+            arguments = BlockArguments.of(args, kwargs, self._mode(index), self._structures, self.caches.among)
+        self._arguments = arguments
+        bring(arguments.staged, self._each[owner])
+        self.caches.before_call(arguments.caches, arguments.leaves)
+        key, names = (index, arguments.structure), self.collector.names()
         if names:
             key, call = (*key, names), self.collector.apart(call)
         known = self._known.get(key)
-        expected = None if known is None or index in self._storing else given.looks(known)
+        expected = None if known is None or index in self._storing else arguments.layouts(known)
         if owner == exchange.rank:
-            out = self._own(key, call, given, known, expected)
+            out = self._own(key, call, arguments, known, expected)
         else:
             if known is None or expected is None:
                 known, expected = self._learn_from_owner(key, known, owner)
-            self.caches.advance(key, given.caches, given.leaves)
+            self.caches.advance(key, arguments.caches, arguments.leaves)
             for q in known.writes:
-                exchange.comm.broadcast(given.leaves[q], owner)
-            out = self._absent(known, expected, given.leaves, owner)
-        if given.mappings:
+                exchange.comm.broadcast(arguments.leaves[q], owner)
+            out = self._absent(known, expected, arguments.leaves, owner)
+        if arguments.mappings:
             out, written = out
-            for mapping, entries in zip(given.mappings, written, strict=True):
+            for mapping, entries in zip(arguments.mappings, written, strict=True):
                 mapping.update(entries)
             if any(written):
                 self._storing.add(index)
@@ -159,20 +159,22 @@ class DecoderStages:
         dtype = next((parameter.dtype for parameter in self.blocks[index][1].parameters()), None)
         return dtype, torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
 
-    def _own(self, key: Any, call: Callable[..., Any], given: Given, known: Returned | None, expected: Looks) -> Any:
+    def _own(
+        self, key: Any, call: Callable[..., Any], arguments: BlockArguments, known: Returned | None, expected: Layouts
+    ) -> Any:
         exchange, index, first = self.exchange, key[0], known is None or expected is None
-        plain, args, kwargs = given.with_data()
-        before = [mark(plain[q]) for q in given.tensors]
+        plain, args, kwargs = arguments.with_data()
+        before = [mark(plain[q]) for q in arguments.tensors]
         cached = self.caches.snapshot(plain) if first else None
         held: list[dict[Any, Any]] = []
-        if given.mappings:
-            args, kwargs, held = of_kind(args, kwargs, given.mappings)
+        if arguments.mappings:
+            args, kwargs, held = of_kind(args, kwargs, arguments.mappings)
         self._inside = True
         try:
             with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
                 out = call(*args, **kwargs)
-            if given.mappings:
-                out = out, given.written(args, kwargs, held)
+            if arguments.mappings:
+                out = out, arguments.written(args, kwargs, held)
         except Exception as error:
             if first:
                 exchange.comm.group.broadcast_object(sendable(error), exchange.rank)
@@ -181,19 +183,19 @@ class DecoderStages:
         finally:
             self._inside = False
         self.ran[index] += 1
-        writes = tuple(q for q, marked in zip(given.tensors, before, strict=True) if changed(plain[q], marked))
+        writes = tuple(q for q, marked in zip(arguments.tensors, before, strict=True) if changed(plain[q], marked))
         fitting = not first and fits(out, writes, known, expected)
         if not fitting:
             out = without_gaps(out, plain)
         if first:
-            self._teach(key, known, out, plain, given, writes, cached)
+            self._share_result(key, known, out, plain, arguments, writes, cached)
         elif not fitting and not fits(out, writes, known, expected):
             raise RankError(exchange.rank, f"{self.blocks[index][0]} returns something else than in earlier calls")
         for q in writes:
             exchange.comm.broadcast(plain[q], exchange.rank)
-        if type(out) is torch.Tensor and known is not None and known.lone:
-            return stage_tensor(look_of(out), out, Memory(self._each[exchange.rank]), exchange)
-        return self._wrapped(out, plain, given.leaves)
+        if type(out) is torch.Tensor and known is not None and known.single:
+            return stage_tensor(layout_of(out), out, Memory(self._each[exchange.rank]), exchange)
+        return self._wrapped(out, plain, arguments.leaves)
 
     def _wrapped(self, out: Any, plain: list[Any], arguments: list[Any]) -> Any:
         """Return the result of an own block, with a stage tensor for each new tensor, and the arguments that it hands
@@ -205,35 +207,35 @@ class DecoderStages:
                 leaves[number] = arguments[places[id(leaf)]]
             elif isinstance(leaf, torch.Tensor):
                 leaves[number] = stage_tensor(
-                    look_of(leaf), leaf, Memory(self._each[self.exchange.rank]), self.exchange
+                    layout_of(leaf), leaf, Memory(self._each[self.exchange.rank]), self.exchange
                 )
         return tree_unflatten(leaves, spec)
 
-    def _absent(self, known: Returned, expected: Looks, arguments: list[Any], owner: int) -> Any:
+    def _absent(self, known: Returned, expected: Layouts, arguments: list[Any], owner: int) -> Any:
         """Return the result of a block of another rank."""
         assert expected is not None
         leaves: list[Any] = [
-            stage_tensor(look, None, Memory(self._each[owner]), self.exchange)
-            if look is not None
+            stage_tensor(layout, None, Memory(self._each[owner]), self.exchange)
+            if layout is not None
             else (arguments[leaf.arg] if leaf.arg >= 0 else leaf.value)
-            for leaf, look in zip(known.leaves, expected, strict=True)
+            for leaf, layout in zip(known.leaves, expected, strict=True)
         ]
-        return leaves[0] if known.lone else tree_unflatten(leaves, known.spec)
+        return leaves[0] if known.single else tree_unflatten(leaves, known.spec)
 
-    def _teach(
+    def _share_result(
         self,
         key: Any,
         known: Returned | None,
         out: Any,
         plain: list[Any],
-        given: Given,
+        arguments: BlockArguments,
         writes: tuple[int, ...],
         cached: Any,
     ) -> None:
         """Send the structure of a block's result to all ranks, on the owner, in the first calls of a structure."""
         name = self.blocks[key[0]][0]
         try:
-            if any(type(given.leaves[q]) is StageTensor for q in writes):
+            if any(type(arguments.leaves[q]) is StageTensor for q in writes):
                 raise UnsupportedError(f"{name} writes into an argument that another block has given")
             found: Any = describe(name, out, plain, writes)
             slots = self.caches.changes(name, cached)
@@ -243,13 +245,13 @@ class DecoderStages:
         self.exchange.comm.group.broadcast_object((found, slots), self.exchange.rank)
         self._remember(key, known, found, slots)
 
-    def _learn_from_owner(self, key: Any, known: Returned | None, owner: int) -> tuple[Returned, Looks]:
-        told = self.exchange.comm.group.broadcast_object(None, owner)
-        if isinstance(told, Exception):
-            raise told
-        found, slots = told
+    def _learn_from_owner(self, key: Any, known: Returned | None, owner: int) -> tuple[Returned, Layouts]:
+        received = self.exchange.comm.group.broadcast_object(None, owner)
+        if isinstance(received, Exception):
+            raise received
+        found, slots = received
         self._remember(key, known, found, slots)
-        return found, found.looks_then()
+        return found, found.own_layouts()
 
     def _remember(self, key: Any, known: Returned | None, found: Returned, slots: tuple[int, ...]) -> None:
         self.caches.add_slots(key, slots)

@@ -36,7 +36,7 @@ class TensorExchange:
         self._others_turn()
         out = [tensor for tensor, _, _ in tensors]
         for number, (message, transfer) in coming.items():
-            self._take(transfer)
+            self._receive(transfer)
             out[number] = strided_as(out[number], message)
         return out
 
@@ -51,7 +51,7 @@ class TensorExchange:
             return tensor
         message, transfer = self._post(tensor, source, pending=True)
         self._others_turn()
-        return PendingSource(lambda: self._take(transfer)).wrap(message)
+        return PendingSource(lambda: self._receive(transfer)).wrap(message)
 
     def _send(self, tensor: torch.Tensor, ranks: frozenset[int], pending: bool = False) -> None:
         message = tensor.detach().clone(memory_format=torch.contiguous_format)  # it may be written to
@@ -64,7 +64,7 @@ class TensorExchange:
         flat = storage_bytes(message, 0, message.numel() * message.element_size())
         return message, self.comm.receive(flat, source, result=pending) if flat.numel() else None
 
-    def _take(self, transfer: Transfer | None) -> None:
+    def _receive(self, transfer: Transfer | None) -> None:
         if transfer is not None:
             self.comm.wait(transfer)
 

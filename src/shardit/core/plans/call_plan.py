@@ -130,7 +130,7 @@ class CallPlan:
     result: ResultPlan
 
     @property
-    def course(self) -> tuple[Any, ...]:
+    def path(self) -> tuple[Any, ...]:
         """Return the sequence of block calls and of carried storages, regardless of their sizes."""
         carried = tuple(tuple(item.address for item in hop.items) for hop in self.hops)
         return tuple(site.block for site in self.sites), carried

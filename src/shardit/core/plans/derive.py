@@ -33,7 +33,7 @@ class _Carried:
 
 
 @dataclass
-class _Course:
+class _Derivation:
     """A traced call and its segments: events in order (the last one reads the result), and the writers of each storage.
 
     owner[k]: stage of segment k. segment_of[n]: segment of call site n. writes[storage]: events that write data derived
@@ -50,17 +50,17 @@ class _Course:
     again: dict[int, set[int]] = field(default_factory=dict)
 
     @staticmethod
-    def of(trace: Trace, result: list[Any]) -> _Course:
+    def of(trace: Trace, result: list[Any]) -> _Derivation:
         end = tuple(trace.number(t) for t in result if isinstance(t, torch.Tensor))
         events = [*trace.events, Event(len(trace.sites), end, (), False)]
         owners = [site.owner for site in trace.sites]
         segments = segments_of(owners)
         segment_of = [k for k, (first, last) in enumerate(segments) for _ in range(first, last + 1)]
-        course = _Course(trace, events, segments, [owners[first] for first, _ in segments], segment_of)
+        call = _Derivation(trace, events, segments, [owners[first] for first, _ in segments], segment_of)
         for number, event in enumerate(events):
             for storage in event.writes if event.derived else ():
-                course.writes.setdefault(storage, []).append(number)
-        return course
+                call.writes.setdefault(storage, []).append(number)
+        return call
 
     def runs(self, number: int) -> Iterator[tuple[int, int]]:
         """Yield (stage, segment) for each stage that runs an event on real data. The segment is -1 for the prologue,
@@ -94,80 +94,80 @@ class _Course:
 def derive(trace: Trace, result: list[Any], result_spec: Any, result_leaves: tuple[Leaf, ...]) -> CallPlan:
     """Derive the plan of a traced call. Raises UnsupportedError if needed data can be neither carried nor computed
     again."""
-    course = _Course.of(trace, result)
+    call = _Derivation.of(trace, result)
     carried = None
     while carried is None:  # each round that finds something missing adds to `again`, so it ends
-        carried = _carry(course)
-    hops = _hops(course, carried)
+        carried = _carry(call)
+    hops = _hops(call, carried)
     out = ResultPlan.of(result_spec, result_leaves)
-    return CallPlan(tuple(trace.sites), tuple(course.segments), tuple(course.owner), hops, out)
+    return CallPlan(tuple(trace.sites), tuple(call.segments), tuple(call.owner), hops, out)
 
 
-def _carry(course: _Course) -> list[list[_Carried]] | None:
+def _carry(call: _Derivation) -> list[list[_Carried]] | None:
     """Return the versions in every hop, or None if a stage has to repeat more events, which are then in
-    `course.again`."""
-    carried: list[list[_Carried]] = [[] for _ in course.owner[1:]]
+    `call.again`."""
+    carried: list[list[_Carried]] = [[] for _ in call.owner[1:]]
     holders: dict[Version, dict[int, int]] = {}  # -> {stage: first segment for which it has this version}
     current: dict[int, int] = {}
     missing = False
-    for number, event in enumerate(course.events):
-        for stage, segment in list(course.runs(number)):
+    for number, event in enumerate(call.events):
+        for stage, segment in list(call.runs(number)):
             for version in [(s, current[s]) for s in event.reads if s in current]:
-                if not _bring(course, version, segment, event.after - 1, holders[version], carried):
-                    _run_again(course, version, stage)
+                if not _bring(call, version, segment, event.after - 1, holders[version], carried):
+                    _run_again(call, version, stage)
                     missing = True
         for storage in event.writes if event.derived else ():
             current[storage] = number
             holders[storage, number] = {}
-            for stage, segment in course.runs(number):
+            for stage, segment in call.runs(number):
                 holders[storage, number].setdefault(stage, segment)
     return None if missing else carried
 
 
 def _bring(
-    course: _Course, version: Version, segment: int, before: int, held: dict[int, int], carried: list[list[_Carried]]
+    call: _Derivation, version: Version, segment: int, before: int, held: dict[int, int], carried: list[list[_Carried]]
 ) -> bool:
     """Carry a version to the owner of `segment` by the exit of call site `before`, hop by hop, from the nearest stage
     that has it. Returns False, without a change, if that is impossible."""
     path: list[tuple[int, _Carried]] = []
     k = segment
-    while held.get(course.owner[k], k + 1) > k:
-        taken = min(course.segments[k - 1][1], course.lasts(version))
+    while held.get(call.owner[k], k + 1) > k:
+        taken = min(call.segments[k - 1][1], call.lasts(version))
         placed = min(taken, before)
-        if max(course.events[version[1]].after, course.passed(k)) > placed or not _handles(course, version[0], placed):
+        if max(call.events[version[1]].after, call.passed(k)) > placed or not _handles(call, version[0], placed):
             return False
         path.append((k, _Carried(version, taken, placed)))
         before = taken
         k -= 1
     for k, item in path:
-        held[course.owner[k]] = k
+        held[call.owner[k]] = k
         carried[k - 1].append(item)
     return True
 
 
-def _run_again(course: _Course, version: Version, stage: int) -> None:
+def _run_again(call: _Derivation, version: Version, stage: int) -> None:
     """Mark a version for computation by a stage itself."""
     storage, writer = version
-    if course.events[writer].block:
+    if call.events[writer].block:
         raise UnsupportedError(
-            f"a tensor that derives from a block's output ({course.trace.makers.get(storage, 'an output')}) is needed "
+            f"a tensor that derives from a block's output ({call.trace.makers.get(storage, 'an output')}) is needed "
             "in a later stage, which has no name for it when it needs it and cannot compute it by itself; where "
             "another list of blocks makes it, name only the main lists in Plan(order=...): lists left out are not cut"
         )
-    course.again.setdefault(writer, set()).add(stage)
+    call.again.setdefault(writer, set()).add(stage)
 
 
-def _hops(course: _Course, carried: list[list[_Carried]]) -> tuple[Hop, ...]:
-    trace, received = course.trace, set[tuple[int, int]]()  # (storage, stage) whose placeholder was filled before
+def _hops(call: _Derivation, carried: list[list[_Carried]]) -> tuple[Hop, ...]:
+    trace, received = call.trace, set[tuple[int, int]]()  # (storage, stage) whose placeholder was filled before
     hops = []
     for k, found in enumerate(carried):
-        last, target = course.segments[k][1], course.owner[k + 1]
+        last, target = call.segments[k][1], call.owner[k + 1]
         pause = min((item.placed for item in found), default=last)
         items = []
         for item in sorted(found, key=lambda item: item.version):
             storage = item.version[0]
-            address = _address(trace, storage, _handles(course, storage, item.placed))
-            writes = [course.events[number].after for number in course.writes[storage]]
+            address = _address(trace, storage, _handles(call, storage, item.placed))
+            writes = [call.events[number].after for number in call.writes[storage]]
             start, stop = trace.extent[storage]
             start -= start % ALIGN  # some CPU kernels round differently for differently aligned memory
             fresh = (
@@ -183,13 +183,13 @@ def _hops(course: _Course, carried: list[list[_Carried]]) -> tuple[Hop, ...]:
             copy = any(after > last for after in writes)
             place = start - trace.places[address]
             items.append(HopItem(address, place, stop - start, fresh, copy, item.taken, item.placed))
-        hops.append(Hop(course.owner[k], target, tuple(items), pack_layout(tuple(i.size for i in items)), pause))
+        hops.append(Hop(call.owner[k], target, tuple(items), pack_layout(tuple(i.size for i in items)), pause))
     return tuple(hops)
 
 
-def _handles(course: _Course, storage: int, site: int) -> list[Address]:
+def _handles(call: _Derivation, storage: int, site: int) -> list[Address]:
     """Return the handles of a storage that exist at the exit of a call site."""
-    return [a for a in course.trace.handles.get(storage, ()) if a.site <= site]
+    return [a for a in call.trace.handles.get(storage, ()) if a.site <= site]
 
 
 def _address(trace: Trace, storage: int, handles: list[Address]) -> Address:

@@ -13,7 +13,7 @@ class SiteWork:
     """The work of one rank at one call site, decided once so that each call of a block takes little Python.
 
     own: whether this rank runs the block. flatten: whether arguments are looked at before it; aliases: whether its
-    outputs may share their memory. checked: whether its outputs are looked at. lone: the only output, of which no hop
+    outputs may share their memory. checked: whether its outputs are looked at. single: the only output, of which no hop
     reads or fills the memory. stop: whether there is work at the exit.
     """
 
@@ -22,7 +22,7 @@ class SiteWork:
     flatten: bool
     aliases: bool
     checked: bool
-    lone: Leaf | None
+    single: Leaf | None
     stop: bool
 
 
@@ -72,14 +72,14 @@ class LocalPlan:
         shared = any(leaf.kind == "arg" for leaf in site.leaves)
         storages = [leaf.storage for leaf in site.leaves if leaf.kind == "tensor"]
         aliases = len(storages) != len(set(storages)) or any(leaf.kind != "tensor" for leaf in site.leaves)
-        lone = None if own or kept or not site.spec.is_leaf() else whole_storage(site.leaves[0])
+        single = None if own or kept or not site.spec.is_leaf() else whole_storage(site.leaves[0])
         return SiteWork(
             site,
             own,
             flatten=n in self.keep_args or (not own and shared),
             aliases=shared,
             checked=kept or aliases or n in self.last_of,
-            lone=lone,
+            single=single,
             stop=any(n in known for known in (self.last_of, self.pauses, self.places, self.copies)),
         )
 

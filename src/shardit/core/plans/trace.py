@@ -78,7 +78,7 @@ class Trace:
     def reads_on_host(self, what: str) -> None:
         """Handle values derived from a block that decide what code outside blocks does next."""
         raise UnsupportedError(
-            f"the forward {what} that comes from a block, so its course cannot be known on every rank"
+            f"the forward {what} that comes from a block, so its control flow cannot be known on every rank"
         )
 
     def number(self, tensor: torch.Tensor) -> int:
@@ -196,7 +196,7 @@ _READS = frozenset(
 
 
 class HostReads(TorchFunctionMode):
-    """Tells `decides` of each tensor whose values Python reads without an operation."""
+    """Reports to `decides` each tensor whose values Python reads without an operation."""
 
     def __init__(self, decides: Callable[[torch.Tensor], None]):
         super().__init__()

@@ -42,14 +42,14 @@ class TracedCall:
     drawn: the states of the generators at the first block call.
     """
 
-    def __init__(self, cut: CutModel, comm: Comm, look: Callable[[], None] = lambda: None, trace: Trace | None = None):
+    def __init__(self, cut: CutModel, comm: Comm, hook: Callable[[], None] = lambda: None, trace: Trace | None = None):
         self.cut, self.owners, self.blocks, self.comm = cut, cut.owners, cut.blocks, comm
         self.trace = Trace() if trace is None else trace
         self.watch = TraceContext(self.trace, self._fetch)
         self._inner = inner_tensors(cut.model, cut.blocks)
         self._fetched: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.drawn: States = {}
-        self._look, self._last_owner = look, -1
+        self._hook, self._last_owner = hook, -1
         self._shared = False  # every rank has the error that is being raised
 
     def run(self, forward: Callable[..., Any], call: FlatCall) -> tuple[Any, CallPlan]:
@@ -102,7 +102,7 @@ class TracedCall:
             owner = self.owners[index]
             if owner != self._last_owner:  # here a call of this kind lets others go on
                 self._last_owner = owner
-                self._look()
+                self._hook()
             if owner == self.comm.rank:
                 out, described, mutated = self._own(index, call, args, kwargs, arguments)
             else:
@@ -129,8 +129,8 @@ class TracedCall:
         differ = checked_barrier(self.comm, what)
         if differ is not None:
             raise UnsupportedError(
-                f"the forward does not take the same course on every rank: {differ}, outside the blocks, where data of "
-                "a block of another rank may be missing"
+                f"the forward does not have the same control flow on every rank: {differ}, outside the blocks, where "
+                "data of a block of another rank may be missing"
             )
         self._shared = isinstance(what, Exception)  # then all have failed, each with its own error
 

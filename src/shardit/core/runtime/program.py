@@ -40,7 +40,7 @@ class Flight(Protocol):
 
 
 class Interrupted(Exception):
-    """Ends a program at the beginning of a turn, because somebody asked for it."""
+    """Ends a program at the beginning of a turn, on request."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -166,7 +166,7 @@ class RequestLoop:
             raise Interrupted("the request was interrupted")
         program.yielded_at = program.turns
 
-    def let_others(self) -> None:
+    def yield_to_others(self) -> None:
         """Let other programs go on, or one begin. All ranks must call this at the same points of a program, which may
         wait for messages that are under way: so it is not interrupted here."""
         program = self.current

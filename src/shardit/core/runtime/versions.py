@@ -30,6 +30,11 @@ def writes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor._version for tensor in tensors if not tensor.is_inference())
 
 
+def version_of(value: Any) -> int | None:
+    """Return the version counter of a tensor; None if there is none."""
+    return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else None
+
+
 def mark(tensor: torch.Tensor | None) -> Any:
     """Return a mark for `changed`: the tensor's version, or a copy if versions are not counted."""
     if tensor is None:

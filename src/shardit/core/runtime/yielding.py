@@ -25,7 +25,7 @@ def yield_while_waiting() -> None:
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
+def without_yielding() -> Iterator[None]:
     """Let no other coroutine compute for a while: modules that calls share are not as they ought to be."""
     tokens = yielding_coroutine.set(None), looking.set(None)
     try:

@@ -48,7 +48,7 @@ class FirstCalls:
 
     traced: how many there were. checked: the kinds of calls that were compared with a pipelined one. alone:
     whether a call changes modules for its own length, so that no other may be in flight. left: what the model kept
-    after the last of them, until the pipeline's call has ended. tables: names of tensors that each call sets anew.
+    after the last of them, until the pipeline's call has ended. tables: names of tensors that each call sets again.
     """
 
     cut: CutModel
@@ -75,7 +75,7 @@ class FirstCalls:
         self.left = self._state(call)
         self.cut.generators = self.left.generators()
         local, deciding = LocalPlan.of(plan, self.runtime.comm.rank), traced.trace.deciding
-        mode = call.mode_key(code), plan.course if deciding else None
+        mode = call.mode_key(code), plan.path if deciding else None
         if mode not in self.checked and self.runtime.comm.size > 1:
             self._self_check(local, forward, call.again(), out, before)
             restore(self.left.outside())
@@ -95,10 +95,10 @@ class FirstCalls:
             text = "%s: calls after the first ones change %s, and each rank makes a part of them: compare with one rank"
             log.warning(text, self.cut.name, late[0])
 
-    def watched(self, forward: Callable[[], Any], arguments: Any, look: Callable[[], None] = lambda: None) -> Any:
+    def watched(self, forward: Callable[[], Any], arguments: Any, hook: Callable[[], None] = lambda: None) -> Any:
         """Return the result of a forward that runs block by block on all stages at once, of which nothing is
-        remembered. Only inside `CutModel.untraced`. look: called at the first block of each stage."""
-        uncounted = TracedCall(replace(self.cut, ran=Counter()), self.runtime.comm, look)
+        remembered. Only inside `CutModel.untraced`. hook: called at the first block of each stage."""
+        uncounted = TracedCall(replace(self.cut, ran=Counter()), self.runtime.comm, hook)
         return uncounted.run(lambda *_: forward(), FlatCall.of((arguments,), {}))[0]
 
     def _note_transient(self, names: list[list[str]]) -> None:
@@ -122,22 +122,22 @@ class FirstCalls:
         if not any(differ for differ, _ in gathered):
             return
         poison(before, after)
-        anew: dict[str, Table] = {}
+        renewed: dict[str, Table] = {}
         try:
             with generators_kept(self.runtime.mesh.device), self.cut.untraced():
                 again = self.watched(lambda: forward(*call.args, **call.kwargs), (call.args, call.kwargs))
             later = self._state(call)
             still = differences(after, later, rewritten=True) + unversioned_writes(before, after)
             still += changed[1] if not same_bits(out, again) else []
-            anew = tables(after, later, {part for _, block in self.cut.blocks for part in block.modules()})
-        except UnsupportedError:  # the same call takes another course, on every rank
+            renewed = tables(after, later, {part for _, block in self.cut.blocks for part in block.modules()})
+        except UnsupportedError:  # the same call takes another path, on every rank
             still = [*changed[0], *changed[1]]
         restore(after.outside())
-        found = comm.group.gather_objects((still, changed[1], [*anew]))
+        found = comm.group.gather_objects((still, changed[1], [*renewed]))
         names = [of_rank for of_rank, _, _ in found]
         if any(names) and all({*of_rank} <= {*known} for of_rank, _, known in found):
-            names = comm.group.gather_objects(self._read_early(forward, call.again(), out, anew))
-            self.tables.update(anew)
+            names = comm.group.gather_objects(self._read_early(forward, call.again(), out, renewed))
+            self.tables.update(renewed)
             restore(after.outside())
         refuse_counters(self.cut.name, names)
         counted = [name for _, of_rank, _ in found for name in of_rank]
@@ -145,27 +145,27 @@ class FirstCalls:
             log.warning("%s: its calls change %s, but each rank makes a part of them", self.cut.name, counted[0])
 
     def _read_early(
-        self, forward: Callable[..., Any], call: FlatCall, out: Any, anew: Mapping[str, Table]
+        self, forward: Callable[..., Any], call: FlatCall, out: Any, renewed: Mapping[str, Table]
     ) -> list[str]:
         """Return the names of tables if a call reads them before it sets them, or sets them after its first block,
         which other stages do not reach: then they are state. Collective; found with NaN in their place."""
         unset: list[str] = []
-        for table in anew.values():
+        for table in renewed.values():
             table.put(table.nan)
         try:
             with generators_kept(self.runtime.mesh.device), self.cut.untraced():
                 again = self.watched(
                     lambda: forward(*call.args, **call.kwargs),
                     (call.args, call.kwargs),
-                    lambda: unset.extend(name for name, table in anew.items() if table.is_unset),
+                    lambda: unset.extend(name for name, table in renewed.items() if table.is_unset),
                 )
-        except UnsupportedError:  # it takes another course, on every rank
-            return [*anew]
+        except UnsupportedError:  # it takes another path, on every rank
+            return [*renewed]
         finally:
-            for table in anew.values():
+            for table in renewed.values():
                 if table.is_unset:
                     table.put(table.tensor)
-        return unset if same_bits(out, again) else [*anew]
+        return unset if same_bits(out, again) else [*renewed]
 
     def _state(self, call: FlatCall) -> State:
         """Return the state of the model, and of the objects among its arguments."""

@@ -23,7 +23,7 @@ from shardit.core.stages.runtime import Runtime
 from shardit.errors import RankError
 
 
-class _LeaveForward(BaseException):
+class _StopForward(BaseException):
     """Leaves a forward early, when this rank has run its last block. Not an Exception: models may catch those."""
 
 
@@ -147,7 +147,7 @@ class StagedCall:
         try:
             with torch.no_grad():
                 out = self._forward(*self._call.args, **self._call.kwargs)
-        except _LeaveForward:
+        except _StopForward:
             return
         if self._site < len(self.plan.sites):
             raise RuntimeError(f"the forward ends after {self._site} of {len(self.plan.sites)} block calls")
@@ -171,8 +171,8 @@ class StagedCall:
             self._carried.keep("arg", n, self.local.keep_args.get(n, ()), arguments)
         if work.own:
             out = self._own(n, work, call, args, kwargs)
-        elif work.lone is not None:
-            out = self._carried.unread(work.lone)
+        elif work.single is not None:
+            out = self._carried.unread(work.single)
         else:
             leaves = stand_ins(work.site, arguments, lambda leaf: self._carried.placeholder(n, leaf))
             self._carried.keep("out", n, self.local.keep_outs.get(n, ()), leaves)
@@ -205,7 +205,7 @@ class StagedCall:
         if ends is not None and ends < len(self.plan.hops):
             self._carried.send(ends)
             if ends >= self.local.last_own:
-                raise _LeaveForward
+                raise _StopForward
         if n in self.local.pauses:
             self._coroutine.pause()  # until the schedule runs the segment after that hop
         self._carried.place(n)

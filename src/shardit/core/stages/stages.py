@@ -13,7 +13,7 @@ from shardit.core.modules.blocks import CutModel, blocks_named, drop_blocks, lac
 from shardit.core.modules.fingerprint import PROCESSOR
 from shardit.core.modules.patching import changing_methods, fixed_device_to, subclass_in_place
 from shardit.core.placement.assignment import Cut
-from shardit.core.plans.course import DryCall
+from shardit.core.plans.dry_call import DryCall
 from shardit.core.plans.known_plans import KnownPlans
 from shardit.core.plans.local_plan import LocalPlan
 from shardit.core.runtime import microbatch
@@ -74,7 +74,7 @@ class TransformerStages:
 
     def _whole(self, forward: Forward, call: FlatCall, code: Any) -> Any:
         runtime, key = self.runtime, call.signature(code)
-        local = self.known.find(key, call.leaves) or self._same_course(key, forward, call)
+        local = self.known.find(key, call.leaves) or self._same_plan(key, forward, call)
         if local is None:
             out, local, deciding = self.first.run(forward, call, code)
             self.known.learn(key, call.leaves, deciding, local)
@@ -87,8 +87,8 @@ class TransformerStages:
         runtime.schedule.start(flight)
         return flight.result()
 
-    def _same_course(self, key: Any, forward: Forward, call: FlatCall) -> LocalPlan | None:
-        """Of the plans of a signature whose course values decide, the one that holds for a call with other values.
+    def _same_plan(self, key: Any, forward: Forward, call: FlatCall) -> LocalPlan | None:
+        """Of the plans of a signature whose path values decide, the one that holds for a call with other values.
 
         Collective over the replica: all ranks must find the same. Under "sp" other lengths are learned from real data.
         """

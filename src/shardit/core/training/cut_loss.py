@@ -1,4 +1,4 @@
-"""A loss function over a model that is cut at its block calls: placement of blocks, courses of losses, steps."""
+"""A loss function over a model that is cut at its block calls: placement of blocks, plans of losses, steps."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from shardit.core.modules.state.buffers import buffers_kept
 from shardit.core.plans.call_plan import segments_of
 from shardit.core.runtime.flat_call import FlatCall, modes
 from shardit.core.runtime.randomness import generators_kept, torch_states
-from shardit.core.training.check import check_course
-from shardit.core.training.course import Course
-from shardit.core.training.dry import DryLoss
+from shardit.core.training.check import check_plan
+from shardit.core.training.dry_loss import DryLoss
 from shardit.core.training.first_gradients import Expected, compare_gradients, expected_gradients
 from shardit.core.training.gradients.deferred import Deferred
 from shardit.core.training.gradients.holdings import Holdings
-from shardit.core.training.known_courses import KnownCourses
+from shardit.core.training.known_plans import KnownLossPlans
 from shardit.core.training.liveness import Liveness
+from shardit.core.training.loss_plan import LossPlan
 from shardit.core.training.micro_batch import tree_of
 from shardit.core.training.plain_calls import PlainCalls
 from shardit.core.training.schedules import DEFERRING, Schedules, check_owners, owner_of_chunk
@@ -53,7 +53,7 @@ class CutLoss:
     chunk_of: list[int] = field(default_factory=list)
     settled: bool = False
     dropped: bool = False
-    known: KnownCourses = field(default_factory=KnownCourses)
+    known: KnownLossPlans = field(default_factory=KnownLossPlans)
     run: LossRun = field(init=False)
     _held: Holdings | None = None
     _expected: Expected | None = None
@@ -83,7 +83,7 @@ class CutLoss:
         for number, batch in enumerate(data.batches):
             schedules = self._schedules(batch, data.seeds[number])
             parts.setdefault(id(schedules), (schedules, []))[1].append(number)
-            if schedules.course.plain_calls:
+            if schedules.plan.plain_calls:
                 data.plain[number] = self._plain_results(batch, data.seeds[number])
         for schedules, numbers in parts.values():
             schedules.step(numbers, data)
@@ -112,35 +112,35 @@ class CutLoss:
         found = self.known.find(key, call.leaves)
         if found is not None:
             return found
-        found, deciding = self._same_course(key, batch, seed, call)
+        found, deciding = self._same_plan(key, batch, seed, call)
         if found is None:
-            course, deciding = self._watch(batch, seed, call)
-            same = (one for one in self.known.schedules.values() if one.course.digest() == course.digest())
-            found = next(same, None) or Schedules(self.run, course, self.comm.group, self.kind, self._deferred)
+            plan, deciding = self._watch(batch, seed, call)
+            same = (one for one in self.known.schedules.values() if one.plan.digest() == plan.digest())
+            found = next(same, None) or Schedules(self.run, plan, self.comm.group, self.kind, self._deferred)
             self._compare_gradients(found, batch, seed)
         self.known.learn(key, call.leaves, deciding, found)
         return found
 
-    def _same_course(self, key: Any, batch: Any, seed: int, call: FlatCall) -> tuple[Schedules | None, set[int]]:
-        """Return known schedules that a loss with new contents follows, and the leaves that its course depends on."""
+    def _same_plan(self, key: Any, batch: Any, seed: int, call: FlatCall) -> tuple[Schedules | None, set[int]]:
+        """Return known schedules that a loss with new contents follows, and the leaves that its plan depends on."""
         for schedules in self.known.of_signature(key):
-            course = schedules.course
-            dry = DryLoss(self.cut, course, self.comm.group.device)
+            plan = schedules.plan
+            dry = DryLoss(self.cut, plan, self.comm.group.device)
             with buffers_kept(self.cut.model):
-                fits = not course.plain_calls and dry.fits(
-                    lambda: self.run.fresh(batch, seed), call, lambda trace, loss: self._course(trace, loss, 0)
+                fits = not plan.plain_calls and dry.fits(
+                    lambda: self.run.fresh(batch, seed), call, lambda trace, loss: self._plan(trace, loss, 0)
                 )
             if all(self.comm.group.gather_objects(fits)):
                 return schedules, dry.trace.deciding
         return None, set()
 
     def state(self) -> Any:
-        """Return the state of the model and of torch on which a course depends, the same on every stage."""
+        """Return the state of the model and of torch on which a plan depends, the same on every stage."""
         model = self.cut.model
         every = model.named_parameters(remove_duplicate=False)  # tied ones are apart if a stage has none of them
         return bytes(m.training for m in model.modules()), bytes(p.requires_grad for _, p in every), modes()
 
-    def _watch(self, batch: Any, seed: int, call: FlatCall) -> tuple[Course, set[int]]:
+    def _watch(self, batch: Any, seed: int, call: FlatCall) -> tuple[LossPlan, set[int]]:
         with buffers_kept(self.cut.model):
             watched = WatchedLoss(self.cut, self.comm)
             with self.run.plain.recorded(lambda: bool(watched.trace.sites)) as plain:
@@ -150,22 +150,22 @@ class CutLoss:
         if self.compares and not self.dropped:
             self._expected = expected_gradients(self.run, self.comm, self.replica, step, watched)
         self._settle(watched)
-        course = self._course(watched, watched.trace.number(loss), len(plain))
-        if len(set(self.comm.group.gather_objects(course.digest()))) > 1:
+        plan = self._plan(watched, watched.trace.number(loss), len(plain))
+        if len(set(self.comm.group.gather_objects(plan.digest()))) > 1:
             raise UnsupportedError("ranks found different cuts: the loss does not do the same on every rank")
-        crossing = tuple(item.address for cut in course.cuts for item in cut)
-        kind = call.mode_key(self.state()), tuple(site.block for site in course.sites), crossing
+        crossing = tuple(item.address for cut in plan.cuts for item in cut)
+        kind = call.mode_key(self.state()), tuple(site.block for site in plan.sites), crossing
         if kind not in self._checked:
             with buffers_kept(self.cut.model):
-                check_course(self.run, course, self.comm, step, loss.detach())
+                check_plan(self.run, plan, self.comm, step, loss.detach())
             self._checked.add(kind)
-        return course, watched.trace.deciding
+        return plan, watched.trace.deciding
 
     def _compare_gradients(self, schedules: Schedules, batch: Any, seed: int) -> None:
         """Compare the gradients of the stages with those that are expected, if there are any."""
         expected, self._expected = self._expected, None
         if expected is not None:
-            plain = {0: self._plain_results(batch, seed)} if schedules.course.plain_calls else {}
+            plain = {0: self._plain_results(batch, seed)} if schedules.plan.plain_calls else {}
             step = StepData([batch], [1.0], [seed], plain)
             compare_gradients(schedules, step, self.comm, self.replica, self.holdings, expected)
 
@@ -212,7 +212,7 @@ class CutLoss:
         found = dict(self.cut.model.named_parameters(remove_duplicate=False)).get(name)
         return found is not None and found.requires_grad
 
-    def _course(self, watched: WatchedLoss | DryLoss, loss: int, plain_calls: int) -> Course:
+    def _plan(self, watched: WatchedLoss | DryLoss, loss: int, plain_calls: int) -> LossPlan:
         trace, model = watched.trace, self.cut.model
         sites = tuple(replace(site, owner=self.cut.owners[site.block]) for site in trace.sites)
         chunks = [self.chunk_of[site.block] for site in sites]
@@ -225,9 +225,9 @@ class CutLoss:
         leaves = [p for p in model.parameters() if p.requires_grad and not p.is_meta and trace.knows(p)]
         grads = {trace.number(leaf) for leaf in leaves}
         learns = [site.block in learning for site in sites]
-        cuts = Liveness(trace, segments, watched.looks, learns, grads).cuts(loss)
+        cuts = Liveness(trace, segments, watched.layouts, learns, grads).cuts(loss)
         sizes = tuple(state.numel() for state in torch_states(self.comm.group.device))
-        return Course(sites, tuple(segments), owners, cuts, bool(watched.drawing), plain_calls, sizes)
+        return LossPlan(sites, tuple(segments), owners, cuts, bool(watched.drawing), plain_calls, sizes)
 
 
 def _sum(data: StepData, device: torch.device) -> torch.Tensor:

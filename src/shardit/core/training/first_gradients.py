@@ -57,11 +57,11 @@ def expected_gradients(
 ) -> Expected | None:
     """Return the gradients of the watched micro-batch of `step`, before blocks are released; None if they cannot be
     computed. Collective over the stages and their tensor ranks, the `replica`."""
-    model, looks = run.cut.model, watched.looks.items()
+    model, layouts = run.cut.model, watched.layouts.items()
     if any(one._backward_hooks or one._post_accumulate_grad_hooks for one in model.parameters()):
         _log.info("the first gradients are not compared: a parameter has a hook")
         return None
-    outputs = sum(look.nbytes for address, look in looks if address.kind == "out")
+    outputs = sum(layout.nbytes for address, layout in layouts if address.kind == "out")
     needed = KEPT * outputs + 2 * sum(one.nbytes for one in model.parameters() if one.requires_grad)
     whole = run.plain.whole and all(replica.gather_objects(needed < free_bytes(run.device)))
     names = None if whole else _apart(run.cut, comm.rank)
@@ -80,7 +80,7 @@ def expected_gradients(
     if problem is not None:
         _log.info("the first gradients are not compared: %s", problem)
         return None
-    half = watched.autocast or any(look.dtype in HALVES for _, look in looks)
+    half = watched.autocast or any(layout.dtype in HALVES for _, layout in layouts)
     return Expected(found, half, "of the whole model" if whole else "of all ranks block by block")
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from shardit.core.plans.call_plan import Address
 from shardit.core.plans.trace import Event, Trace
-from shardit.core.training.course import CutTensor, Look
+from shardit.core.training.loss_plan import CutTensor, Layout
 from shardit.errors import UnsupportedError
 
 
@@ -18,19 +18,19 @@ from shardit.errors import UnsupportedError
 class Liveness:
     """The storages that are live across each cut.
 
-    looks: layouts at handles. learns: whether each call site has a block with trainable parameters. home: segment of
-    the last write to a storage. born: storages that code outside blocks or a block created with data of a block. early:
-    storages that a receiver needs before the cut, since its code makes others of them again. rewrites: segments of
-    later writes, and whether a block made them. grads: storages that may require a gradient.
+    layouts: at handles. learns: whether each call site has a block with trainable parameters. written_in: segment
+    of the last write to a storage. created: storages that code outside blocks or a block created with data of a block.
+    early: storages that a receiver needs before the cut, since its code makes others of them again. rewrites: segments
+    of later writes, and whether a block made them. grads: storages that may require a gradient.
     """
 
     trace: Trace
     segments: list[tuple[int, int]]
-    looks: dict[Address, Look]
+    layouts: dict[Address, Layout]
     learns: list[bool]
     grads: set[int]
-    home: dict[int, int] = field(default_factory=dict)
-    born: set[int] = field(default_factory=set)
+    written_in: dict[int, int] = field(default_factory=dict)
+    created: set[int] = field(default_factory=set)
     rewrites: dict[int, list[tuple[int, bool]]] = field(default_factory=dict)
     live: list[dict[int, None]] = field(default_factory=list)
     early: set[int] = field(default_factory=set)
@@ -39,12 +39,12 @@ class Liveness:
     def cuts(self, loss: int) -> tuple[tuple[CutTensor, ...], ...]:
         """Return what crosses each cut. loss: the storage of the loss. Raises UnsupportedError for what cannot."""
         self.live = [{} for _ in self.segments[1:]]
-        segment_of = [k for k, (first, last) in enumerate(self.segments) for _ in range(first, last + 1)]
-        end = Event(len(segment_of), (loss,), (), True)
+        written_in = [k for k, (first, last) in enumerate(self.segments) for _ in range(first, last + 1)]
+        end = Event(len(written_in), (loss,), (), True)
         seen: set[int] = set(self.trace.inputs)
         for event in [*self.trace.events, end]:
             outside = event.after == 0 and not event.block
-            self._follow(event, -1 if outside else segment_of[min(event.after, len(segment_of) - 1)], seen)
+            self._follow(event, -1 if outside else written_in[min(event.after, len(written_in) - 1)], seen)
             seen.update(event.reads, event.writes)
         found: list[dict[int, list[CutTensor]]] = []
         wanted = -1
@@ -61,17 +61,19 @@ class Liveness:
     def _follow(self, event: Event, segment: int, seen: set[int]) -> None:
         """Take one event in: what it reads is live from its last write on."""
         for storage in event.reads:
-            if storage in self.home:
-                self._keep(storage, self.home[storage], segment)
+            if storage in self.written_in:
+                self._keep(storage, self.written_in[storage], segment)
         if self.grads.intersection(event.reads) or (event.block and self.learns[event.after]):
             self.grads.update(event.writes)
         for storage in event.writes if event.derived else ():
             if storage in seen:
                 self.rewrites.setdefault(storage, []).append((segment, event.block))
             else:
-                self.born.add(storage)
-                self._ingredients[storage] = {one: self.home[one] for one in event.reads if one in self.home}
-            self.home[storage] = segment
+                self.created.add(storage)
+                self._ingredients[storage] = {
+                    one: self.written_in[one] for one in event.reads if one in self.written_in
+                }
+            self.written_in[storage] = segment
 
     def _keep(self, storage: int, start: int, end: int) -> None:
         for k in range(start, end):
@@ -84,13 +86,13 @@ class Liveness:
         site = self.trace.created.get(storage)
         handles = [one for one in self.trace.handles.get(storage, ()) if one.site <= last]
         if site is not None:
-            views = {self.looks[one]: one for one in reversed(handles) if one.kind == "out" and one.site == site}
+            views = {self.layouts[one]: one for one in reversed(handles) if one.kind == "out" and one.site == site}
             if len(views) > 1 and rewrites:
                 raise self._refusal(storage, k)
             late = any(segment <= k and not block for segment, block in rewrites)
             return [self._item(one, storage, late, rewritten) for one in sorted(views.values(), key=_place)]
-        again = not rewrites and storage in self.born
-        whole = [one for one in handles if self.looks[one].is_whole]
+        again = not rewrites and storage in self.created
+        whole = [one for one in handles if self.layouts[one].is_whole]
         if whole and not (again and storage in self.early):
             return [self._item(whole[0], storage, True, rewritten)]
         if not again:
@@ -101,9 +103,9 @@ class Liveness:
         return []
 
     def _item(self, address: Address, storage: int, late: bool, rewritten: bool) -> CutTensor:
-        look = self.looks[address]
-        differentiable = storage in self.grads and (look.dtype.is_floating_point or look.dtype.is_complex)
-        return CutTensor(address, look, late, rewritten, differentiable)
+        layout = self.layouts[address]
+        differentiable = storage in self.grads and (layout.dtype.is_floating_point or layout.dtype.is_complex)
+        return CutTensor(address, layout, late, rewritten, differentiable)
 
     def _refusal(self, storage: int, k: int) -> UnsupportedError:
         site = self.trace.created.get(storage)

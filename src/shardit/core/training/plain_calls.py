@@ -20,7 +20,7 @@ from shardit.core.plans.traced_call import TracedCall
 from shardit.errors import UnsupportedError
 
 
-class _Reached(BaseException):
+class _StopLoss(BaseException):
     """Leaves a loss at its first block call with gradients. Not an Exception: models may catch those."""
 
 
@@ -88,11 +88,11 @@ class PlainCalls:
     def collect(self, loss: Callable[[], Any]) -> list[Any]:
         """Run a loss up to its first block call with gradients; return the results of its calls before. Collective."""
         with self.recorded() as results, self.cut.calls.intercepted_by(_Stop()):
-            with suppress(_Reached):
+            with suppress(_StopLoss):
                 loss()
         return results
 
 
 class _Stop:
     def block_call(self, index: int, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        raise _Reached
+        raise _StopLoss

@@ -1,4 +1,4 @@
-"""The schedules of torch.distributed.pipelining over the segments of a course."""
+"""The schedules of torch.distributed.pipelining over the segments of a plan."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from shardit.core.comm.group import GroupCoordinator
-from shardit.core.training.course import Course
 from shardit.core.training.gradients.deferred import Deferred
+from shardit.core.training.loss_plan import LossPlan
 from shardit.core.training.segment import LossRun, Segment, StepData
 from shardit.errors import InputError, RankError, UnsupportedError
 
@@ -86,10 +86,10 @@ _LOOPED: dict[str, Any] = {"gpipe": ScheduleLoopedBFS, "interleaved-zb": Schedul
 
 
 class Schedules:
-    """The schedules of one course, by number of micro-batches."""
+    """The schedules of one plan, by number of micro-batches."""
 
-    def __init__(self, run: LossRun, course: Course, group: GroupCoordinator, kind: str, deferred: Deferred):
-        self.run, self.course, self.group, self.kind, self.deferred = run, course, group, kind, deferred
+    def __init__(self, run: LossRun, plan: LossPlan, group: GroupCoordinator, kind: str, deferred: Deferred):
+        self.run, self.plan, self.group, self.kind, self.deferred = run, plan, group, kind, deferred
         self._made: dict[int, Any] = {}
 
     def step(self, indices: list[int], step: StepData) -> None:
@@ -112,7 +112,7 @@ class Schedules:
 
     @property
     def _looped(self) -> bool:
-        return len(self.course.segments) > self.group.world_size
+        return len(self.plan.segments) > self.group.world_size
 
     def _run(self, indices: list[int]) -> None:
         schedule = self._made.get(len(indices))
@@ -129,7 +129,7 @@ class Schedules:
             raise _cause(error, self.group.rank) from error
 
     def _make(self, count: int) -> Any:
-        numbers = [n for n, owner in enumerate(self.course.owners) if owner == self.group.rank_in_group]
+        numbers = [n for n, owner in enumerate(self.plan.owners) if owner == self.group.rank_in_group]
         stages: list[Any] = [self._stage(number) for number in numbers]
         options: dict[str, Any] = {"loss_fn": lambda out, target: out, "scale_grads": False}
         if self.kind == "zbv":
@@ -144,16 +144,16 @@ class Schedules:
 
     def _stage(self, number: int) -> _Stage:
         # With static layouts torch runs no forward and backward of its own to find them.
-        course, total = self.course, len(self.course.segments)
+        plan, total = self.plan, len(self.plan.segments)
         number_in = torch.empty(1, 1, device="meta")
         loss = torch.empty((), device="meta", requires_grad=True)
         return _Stage(
-            Segment(self.run, course, number),
+            Segment(self.run, plan, number),
             number,
             total,
             self.run.device,
-            input_args=course.messages(number - 1) if number else (number_in,),
-            output_args=course.messages(number) if number < total - 1 else (loss,),
+            input_args=plan.messages(number - 1) if number else (number_in,),
+            output_args=plan.messages(number) if number < total - 1 else (loss,),
             group=cast("dist.ProcessGroup | None", self.group.device_group),
             dw_builder=self.deferred.builder if self.kind in DEFERRING else None,
         )

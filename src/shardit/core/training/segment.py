@@ -16,12 +16,12 @@ from shardit.core.modules.blocks import CutModel
 from shardit.core.modules.state.buffers import buffers_kept, modules_of_blocks
 from shardit.core.plans.call_plan import Address, Leaf, Site
 from shardit.core.runtime.randomness import seed_all, set_torch_states, torch_states
-from shardit.core.training.course import Course
+from shardit.core.training.loss_plan import LossPlan
 from shardit.core.training.plain_calls import PlainCalls
 from shardit.errors import RankError
 
 
-class _LeaveSegment(BaseException):
+class _StopSegment(BaseException):
     """Leaves a forward after the last block of a segment. Not an Exception: models may catch those."""
 
 
@@ -63,16 +63,16 @@ class LossRun:
 
 
 class Segment(nn.Module):
-    """Segment number `number` of the losses of one course. blank: the content of placeholders; zeros, since a NaN
+    """Segment number `number` of the losses of one plan. blank: the content of placeholders; zeros, since a NaN
     times zero is a NaN in a backward. only: the block call whose placeholders have it, others have zeros; None: all."""
 
-    def __init__(self, run: LossRun, course: Course, number: int, blank: float = 0.0, only: int | None = None):
+    def __init__(self, run: LossRun, plan: LossPlan, number: int, blank: float = 0.0, only: int | None = None):
         super().__init__()
         self.blank, self.only = blank, only
-        self.run, self.course, self.number = run, course, number
-        self.first, self.last = course.segments[number]
-        self.into = course.cuts[number - 1] if number else ()
-        self.onward = course.cuts[number] if number < len(course.cuts) else None
+        self.run, self.plan, self.number = run, plan, number
+        self.first, self.last = plan.segments[number]
+        self.into = plan.cuts[number - 1] if number else ()
+        self.onward = plan.cuts[number] if number < len(plan.cuts) else None
         self._kept = {item.address for item in self.into if item.late} | {item.address for item in self.onward or ()}
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
@@ -96,19 +96,19 @@ class Segment(nn.Module):
                 run.plain.replayed(step.plain.get(micro_batch, [])),
             ):
                 loss = run.call(micro_batch)
-            if self.onward is not None or self._site != len(self.course.sites):
-                raise self._other_course("it ended early")
+            if self.onward is not None or self._site != len(self.plan.sites):
+                raise self._other_path("it ended early")
             loss = loss.reshape(()) * step.factors[micro_batch]
             step.losses[micro_batch] = loss.detach()
             return loss
-        except _LeaveSegment:
+        except _StopSegment:
             return self._out
         finally:
             self._given, self._handles, self._out, self._states = {}, {}, None, ()
 
     def _counted(self) -> AbstractContextManager[None]:
         """Let the first segment of a stage alone update buffers outside of blocks: all run the code before them."""
-        first = self.course.owners.index(self.course.owners[self.number])
+        first = self.plan.owners.index(self.plan.owners[self.number])
         if not self.run.updates or self.number == first:
             return nullcontext()
         return buffers_kept(self.run.cut.model, modules_of_blocks(self.run.cut))
@@ -116,7 +116,7 @@ class Segment(nn.Module):
     def block_call(self, index: int, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an own block; return placeholders or received tensors for a block of an earlier stage."""
         if self._out is not None:
-            raise _LeaveSegment
+            raise _StopSegment
         number, self._site = self._site, self._site + 1
         given = tree_flatten((args, kwargs))[0]
         site = self._check(number, index, given)
@@ -133,24 +133,24 @@ class Segment(nn.Module):
         self._note(number, "out", tree_flatten(out)[0])
         if number == self.last and self.onward is not None:
             # The forward is left at the next block call, since here it may be inside a checkpointed function.
-            states = torch_states(self.run.device) if self.course.draws else []
+            states = torch_states(self.run.device) if self.plan.draws else []
             tensors = (item.pack(self._handles[item.address]) for item in self.onward)
             self._out = (*tensors, *(state.to(self.run.device) for state in states))
         return out
 
     def _check(self, number: int, index: int, given: list[Any]) -> Site:
         """Return the watched call site. Raises RankError if this call differs from it."""
-        site = self.course.sites[number] if number < len(self.course.sites) else None
+        site = self.plan.sites[number] if number < len(self.plan.sites) else None
         if site is None or site.block != index or len(site.given) != len(given):
-            raise self._other_course(f"block call {number} is of block {self.run.cut.blocks[index][0]}")
+            raise self._other_path(f"block call {number} is of block {self.run.cut.blocks[index][0]}")
         for leaf, known in zip(given, site.given, strict=True):
             if isinstance(leaf, torch.Tensor) and (leaf.dtype, tuple(leaf.shape)) != known[:2]:
-                raise self._other_course(f"block call {number} gets {leaf.dtype} of shape {tuple(leaf.shape)}")
+                raise self._other_path(f"block call {number} gets {leaf.dtype} of shape {tuple(leaf.shape)}")
         return site
 
-    def _other_course(self, what: str) -> RankError:
+    def _other_path(self, what: str) -> RankError:
         return RankError(
-            self.run.rank, f"a loss takes another course than the first one with a micro-batch of the same kind: {what}"
+            self.run.rank, f"a loss takes another path than the first one with a micro-batch of the same kind: {what}"
         )
 
     def _note(self, site: int, kind: str, leaves: list[Any]) -> None:

@@ -17,7 +17,7 @@ from shardit.core.plans.trace import Trace
 from shardit.core.plans.traced_call import TracedCall
 from shardit.core.runtime.flat_call import FlatCall
 from shardit.core.runtime.randomness import any_moved, torch_states
-from shardit.core.training.course import Look
+from shardit.core.training.loss_plan import Layout
 from shardit.errors import InputError, UnsupportedError
 
 
@@ -41,7 +41,7 @@ class LossTrace(Trace):
 class WatchedLoss(TracedCall):
     """Intercepts block calls while a loss is watched.
 
-    looks: layouts of the tensors among arguments and outputs of blocks. outside: names of parameters of blocks that
+    layouts: of the tensors among arguments and outputs of blocks. outside: names of parameters of blocks that
     code outside the block reads. drawing: blocks that drew random numbers on this rank. updates: code outside of blocks
     updates buffers. autocast: a block was called under it.
     """
@@ -49,7 +49,7 @@ class WatchedLoss(TracedCall):
     def __init__(self, cut: CutModel, comm: Comm):
         self.seen = LossTrace()
         super().__init__(cut, comm, trace=self.seen)
-        self.looks: dict[Address, Look] = {}
+        self.layouts: dict[Address, Layout] = {}
         self.outside: list[str] = []
         self.drawing: list[int] = []
         self.updates = self.autocast = False
@@ -102,7 +102,7 @@ class WatchedLoss(TracedCall):
     def _note(self, site: int, kind: str, values: Any) -> None:
         for number, leaf in enumerate(tree_flatten(values)[0]):
             if isinstance(leaf, torch.Tensor):
-                self.looks[Address(site, kind, number)] = Look.of(leaf)
+                self.layouts[Address(site, kind, number)] = Layout.of(leaf)
 
     def _drew(self, index: int) -> None:
         self.drawing.append(index)

@@ -27,7 +27,7 @@ def can_replace(cls: Any, own: Any) -> bool:
         return False
     try:
         made, mine = cls.from_config(own.config), type(own).from_config(own.config)
-        return _same_noise(made, mine) and _goes_down(made) and _goes_down(mine)
+        return _same_noise(made, mine) and _decreases(made) and _decreases(mine)
     except Exception:  # it lacks a requirement in this configuration
         return False
 
@@ -43,6 +43,6 @@ def _same_noise(one: Any, other: Any) -> bool:
     return mine is not None and theirs is not None and mine.shape == theirs.shape and bool((mine == theirs).all())
 
 
-def _goes_down(scheduler: Any) -> bool:
+def _decreases(scheduler: Any) -> bool:
     scheduler.set_timesteps(_STEPS)
     return bool(scheduler.timesteps[0] > scheduler.timesteps[-1])

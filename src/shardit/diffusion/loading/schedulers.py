@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from shardit.diffusion.loading.noise_schedules import can_replace
-from shardit.diffusion.loading.timesteps import TimestepArguments, asked_by, problem
+from shardit.diffusion.loading.timesteps import TimestepArguments, arguments_of, problem
 from shardit.errors import InputError, did_you_mean, first_line
 from shardit.settings.checks import is_number
 from shardit.settings.model_options import ModelOptions
@@ -30,7 +30,7 @@ def changed_scheduler(own: Any, options: ModelOptions, pipeline_class: Any = Non
     """
     if own is None:
         raise no_scheduler()
-    asked = asked_by(pipeline_class)
+    asked = arguments_of(pipeline_class)
     cls = type(own) if options.scheduler is None else _class_of(options.scheduler, own, asked)
     arguments = {**_carried(own, cls), **options.scheduler_args}
     takes = inspect.signature(cls.__init__).parameters

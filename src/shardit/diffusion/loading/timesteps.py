@@ -34,15 +34,15 @@ class TimestepArguments:
     """Methods of the scheduler that every call uses."""
 
 
-def asked_by(pipeline_class: Any) -> TimestepArguments:
+def arguments_of(pipeline_class: Any) -> TimestepArguments:
     """Return the arguments of pipelines of this class; none if they cannot be read."""
     try:
-        return asked_in(textwrap.dedent(inspect.getsource(pipeline_class.__call__)))
+        return arguments_in(textwrap.dedent(inspect.getsource(pipeline_class.__call__)))
     except (OSError, TypeError, AttributeError, SyntaxError):
         return TimestepArguments()
 
 
-def asked_in(source: str) -> TimestepArguments:
+def arguments_in(source: str) -> TimestepArguments:
     """Return the arguments in the source of a `__call__`."""
     tree = ast.parse(source)
     names = {keyword.arg for call in _calls(tree) for keyword in call.keywords if not _is_none(keyword.value)}

@@ -111,7 +111,7 @@ def flags_of(
     return flags, extra
 
 
-def check_model_is_here(path: Path, record: Mapping[str, Any]) -> None:
+def check_model_is_local(path: Path, record: Mapping[str, Any]) -> None:
     """Raise InputError if a file was made by a model in a folder that is not here: its name looks like a hub id."""
     model, revision = str(record["model"]), record.get("revision")
     if isinstance(revision, str) and len(revision) == _OF_FOLDER and not user_path("model", model).exists():

@@ -146,7 +146,7 @@ class Output:
         sound = {} if self.audio is None or kind in ("video", "audio", "tensors") else {"audio": self.audio}
         settings = too_long(self.record()) if suffix in (".jpg", ".jpeg") else []
         return [
-            *(name for name, value in {**fields, **sound}.items() if name not in written and _says(value)),
+            *(name for name, value in {**fields, **sound}.items() if name not in written and _is_informative(value)),
             *settings,
         ]
 
@@ -255,11 +255,11 @@ def _array_writer(arrays: Mapping[str, Any], record: Mapping[str, Any]) -> Write
     return write
 
 
-def _says(value: Any) -> bool:
+def _is_informative(value: Any) -> bool:
     """Return whether leaving out a value loses information: empty values and lists of flags that are all off do not
     count."""
     if isinstance(value, (list, tuple)):
-        return any(_says(each) for each in value)
+        return any(_is_informative(each) for each in value)
     return value is not None and value is not False and not (isinstance(value, (str, Mapping)) and not value)
 
 

@@ -25,7 +25,7 @@ from shardit.diffusion.loading.schedulers import (
     unfit_scheduler,
     unknown_scheduler,
 )
-from shardit.diffusion.loading.timesteps import TimestepArguments, asked_in
+from shardit.diffusion.loading.timesteps import TimestepArguments, arguments_in
 from shardit.settings.model_options import ModelOptions
 
 _USUAL = {
@@ -73,7 +73,7 @@ def _asked(pipeline: str | None) -> TimestepArguments:
     """Return the arguments that the pipeline passes to its scheduler."""
     nodes = [] if pipeline is None else lineage(pipeline)
     call = next(filter(None, (method(node, "__call__") for node in nodes)), None)
-    return TimestepArguments() if call is None else asked_in(ast.unparse(call))
+    return TimestepArguments() if call is None else arguments_in(ast.unparse(call))
 
 
 def _proposed(own: str, config: Mapping[str, Any], asked: TimestepArguments) -> list[str]:

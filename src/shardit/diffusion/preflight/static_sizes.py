@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from shardit.diffusion.loading.diffusers_source import init_defaults, lineage, method
-from shardit.diffusion.request.size_search import SIDES, least_of, search
+from shardit.diffusion.request.size_search import SIDES, found_least_sides, search
 from shardit.loading.index import Component, read_config
 
 _PLAIN = {"getattr": getattr, "hasattr": hasattr, "len": len, "sum": sum, "max": max, "min": min}
@@ -31,7 +31,7 @@ def static_sizes(
     made = _attributes(nodes, configs)
     checks = list(_checks(nodes, "__call__", made))
     multiples = search(lambda height, width: not any(_refuses(check, made, height, width) for check in checks))
-    return {"multiples": multiples, "least": least_of(vars(made), arguments)}
+    return {"multiples": multiples, "least": found_least_sides(vars(made), arguments)}
 
 
 def configs_in(parts: Mapping[str, Component]) -> dict[str, dict[str, Any]]:

@@ -54,8 +54,8 @@ def _images(request: Request, error: Exception) -> str:
     text, names = str(error), request.images_left_out
     of_another = any(f"`{name}`" in text for name in request.kwargs)
     nothing = _OF_NOTHING.search(text) and not of_another
-    speaks = nothing or any(re.search(rf"\b{name}\b", text) for name in names)
-    if not names or not speaks or type(error) not in _OF_ARGUMENTS:
+    named = nothing or any(re.search(rf"\b{name}\b", text) for name in names)
+    if not names or not named or type(error) not in _OF_ARGUMENTS:
         return ""
     return f"; not given: {', '.join(names)}: the pipeline may need an image or a video there"
 

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import ConfigMixin
 from PIL import Image
 
-from shardit.diffusion.request.size_search import SIDE, least_of, search
+from shardit.diffusion.request.size_search import SIDE, found_least_sides, search
 
 _AFTER_THE_CHECKS = ("encode", "_encode", "prepare", "_prepare", "get_", "_get_")
 """Prefixes of the methods that pipelines call after the checks of their arguments."""
@@ -33,7 +33,7 @@ def size_multiples(pipe: Any) -> dict[str, int]:
 
 def least_sides(pipe: Any) -> dict[str, int]:
     """Return the least height and width that leave latents, by name; empty if the pipeline does not show them."""
-    return least_of(vars(pipe), inspect.signature(inspect.unwrap(type(pipe).__call__)).parameters)
+    return found_least_sides(vars(pipe), inspect.signature(inspect.unwrap(type(pipe).__call__)).parameters)
 
 
 class _Checked(Exception):

@@ -25,7 +25,7 @@ def search(takes: Callable[[int, int], bool]) -> dict[str, int]:
     return found
 
 
-def least_of(parts: Mapping[str, Any], arguments: Container[str]) -> dict[str, int]:
+def found_least_sides(parts: Mapping[str, Any], arguments: Container[str]) -> dict[str, int]:
     """Return the least height and width that leave latents, by name, for a pipeline with these arguments and
     attributes: pipelines that round sizes down have a processor of images that rounds in the same steps."""
     processors = (part for name, part in parts.items() if name.endswith("_processor"))

@@ -6,14 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from shardit.core.comm.barrier import sendable
 from shardit.core.comm.p2p import Comm
 from shardit.core.components.owned import call_on
 from shardit.core.modules.patching import plain_class
 from shardit.core.runtime.pending import materialize
 from shardit.core.runtime.randomness import Generator, States, generators_in, moved, set_states, states
+from shardit.core.runtime.versions import version_of
 from shardit.errors import InputError, UnsupportedError
 
 CALLBACK, INPUTS = "callback_on_step_end", "callback_on_step_end_tensor_inputs"
@@ -61,7 +60,7 @@ class SharedCallback:
         self.called.shardit_runtime.schedule.drain()
         self.end(self.called)
         device, made = self.ranks.group.device, dict[str, Any]()
-        before = {name: (value, _version(value)) for name, value in given.items()}
+        before = {name: (value, version_of(value)) for name, value in given.items()}
         drawn, alike, error = states(device, self.generators), {}, None
         failed: Exception | None = None
         try:
@@ -126,12 +125,7 @@ def _changed(name: str, before: dict[str, tuple[Any, Any]], made: dict[str, Any]
     if name not in before or name not in made:
         return True
     value, version = before[name]
-    return made[name] is not value or _version(value) != version or version is None
-
-
-def _version(value: Any) -> int | None:
-    """Return the version counter of a tensor; None if there is none."""
-    return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else None
+    return made[name] is not value or version_of(value) != version or version is None
 
 
 def interrupt_members(cls: type) -> dict[str, Any]:

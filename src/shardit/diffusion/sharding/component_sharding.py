@@ -117,7 +117,9 @@ class ComponentSharding:
         known, nor adapters."""
         named = self.module.named_modules()
         theirs = "torch.nn.", "torch.ao."
-        own = (name for name, part in named if not (hasattr(part, "base_layer") or _home(part).startswith(theirs)))
+        own = (
+            name for name, part in named if not (hasattr(part, "base_layer") or _class_module(part).startswith(theirs))
+        )
         return list(own)
 
     def begin(self) -> dict[str, Any]:
@@ -259,7 +261,7 @@ def _is_from_library(processor: type) -> bool:
     return processor.__module__.startswith(MODELS)
 
 
-def _home(module: nn.Module) -> str:
+def _class_module(module: nn.Module) -> str:
     """Return the Python module of the class before sharding, with a dot at the end."""
     return f"{plain_class(module).__module__}."
 

@@ -78,7 +78,7 @@ def connect(
         cut_layerwise(getattr(pipe, name), comm, found.units, owners, cut, shared, runtime.turn)
     for name in (*assignment.owned, *assignment.layerwise):
         part = getattr(pipe, name)
-        part.shardit_boundary.reach(vars(pipe).values())
+        part.shardit_boundary.install_on(vars(pipe).values())
         part.shardit_boundary.libraries = LIBRARIES.own
         refuse_methods(part, name, runtime.mesh)
         mark_absent(part, torch.device(runtime.mesh.device), LIBRARIES)

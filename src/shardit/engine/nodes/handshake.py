@@ -24,10 +24,10 @@ from shardit.errors import RankError
 GREETING = b"shardit ranks 1\n"
 WELCOME = b"+"
 NONCE = 32
-PROOF_S = 10.0
+HANDSHAKE_TIMEOUT_S = 10.0
 """Time limit for the proof of a connection, in seconds."""
 MAX_HELLO = 65536
-RETRY_S = 0.3
+RETRY_INTERVAL_S = 0.3
 
 # A peer whose machine or network is down is noticed after about IDLE + COUNT * INTERVAL seconds.
 _KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 20_000}
@@ -67,7 +67,7 @@ def connect(endpoint: Endpoint, hello: Mapping[str, Any], timeout_s: float) -> t
     reason = "no address"
     while True:
         for host in endpoint.hosts:
-            left = max(0.1, min(PROOF_S, deadline - time.monotonic()))
+            left = max(0.1, min(HANDSHAKE_TIMEOUT_S, deadline - time.monotonic()))
             try:
                 sock = socket.create_connection((host, endpoint.port), timeout=left)
             except OSError as error:
@@ -80,33 +80,33 @@ def connect(endpoint: Endpoint, hello: Mapping[str, Any], timeout_s: float) -> t
             except OSError as error:
                 sock.close()
                 reason = f"{host}:{endpoint.port}: {error}"
-        if time.monotonic() + RETRY_S >= deadline:
+        if time.monotonic() + RETRY_INTERVAL_S >= deadline:
             raise RankError(int(hello["rank"]), f"cannot reach the supervisor within {timeout_s:g} s ({reason})")
-        time.sleep(RETRY_S)
+        time.sleep(RETRY_INTERVAL_S)
 
 
 def admit(sock: socket.socket, token: str) -> dict[str, Any]:
     """On the supervisor's side: verify a new connection; returns its `hello`.
 
-    The caller sends WELCOME, or closes the connection. Raises Unproven or OSError, within PROOF_S.
+    The caller sends WELCOME, or closes the connection. Raises Unproven or OSError, within HANDSHAKE_TIMEOUT_S.
     """
-    deadline = time.monotonic() + PROOF_S
+    deadline = time.monotonic() + HANDSHAKE_TIMEOUT_S
     tune(sock)
     ours = secrets.token_bytes(NONCE)
-    _give(sock, GREETING + ours, deadline)
-    theirs = _take(sock, NONCE, deadline)
-    if not hmac.compare_digest(_take(sock, NONCE, deadline), _proof(token, b"rank", ours, theirs)):
+    _send(sock, GREETING + ours, deadline)
+    theirs = _receive(sock, NONCE, deadline)
+    if not hmac.compare_digest(_receive(sock, NONCE, deadline), _proof(token, b"rank", ours, theirs)):
         raise Unproven("it does not know the token")
-    _give(sock, _proof(token, b"supervisor", ours, theirs), deadline)
-    size = int.from_bytes(_take(sock, 4, deadline), "big")
+    _send(sock, _proof(token, b"supervisor", ours, theirs), deadline)
+    size = int.from_bytes(_receive(sock, 4, deadline), "big")
     if size > MAX_HELLO:
         raise Unproven(f"it introduces itself with {size} bytes")
-    return json.loads(_take(sock, size, deadline))
+    return json.loads(_receive(sock, size, deadline))
 
 
-def welcome(sock: socket.socket) -> None:
+def confirm(sock: socket.socket) -> None:
     """Accept an admitted connection as the expected rank; from now on it is a channel."""
-    _give(sock, WELCOME, time.monotonic() + PROOF_S)
+    _send(sock, WELCOME, time.monotonic() + HANDSHAKE_TIMEOUT_S)
 
 
 def tune(sock: socket.socket) -> None:
@@ -130,15 +130,15 @@ def address_towards(host: str, port: int) -> str | None:
 
 
 def _prove_to_supervisor(sock: socket.socket, token: str, hello: Mapping[str, Any], deadline: float) -> None:
-    if _take(sock, len(GREETING), deadline) != GREETING:
+    if _receive(sock, len(GREETING), deadline) != GREETING:
         raise Unproven("something else than a supervisor answers there")
-    theirs, ours = _take(sock, NONCE, deadline), secrets.token_bytes(NONCE)
-    _give(sock, ours + _proof(token, b"rank", theirs, ours), deadline)
-    if not hmac.compare_digest(_take(sock, NONCE, deadline), _proof(token, b"supervisor", theirs, ours)):
+    theirs, ours = _receive(sock, NONCE, deadline), secrets.token_bytes(NONCE)
+    _send(sock, ours + _proof(token, b"rank", theirs, ours), deadline)
+    if not hmac.compare_digest(_receive(sock, NONCE, deadline), _proof(token, b"supervisor", theirs, ours)):
         raise Unproven("it does not know the token")
     data = json.dumps(dict(hello)).encode()
-    _give(sock, len(data).to_bytes(4, "big") + data, deadline)
-    if _take(sock, len(WELCOME), deadline) != WELCOME:
+    _send(sock, len(data).to_bytes(4, "big") + data, deadline)
+    if _receive(sock, len(WELCOME), deadline) != WELCOME:
         raise Unproven("it has no place for this rank")
 
 
@@ -147,7 +147,7 @@ def _proof(token: str, side: bytes, of_supervisor: bytes, of_rank: bytes) -> byt
     return hmac.new(bytes.fromhex(token), side + of_supervisor + of_rank, hashlib.sha256).digest()
 
 
-def _take(sock: socket.socket, size: int, deadline: float) -> bytes:
+def _receive(sock: socket.socket, size: int, deadline: float) -> bytes:
     data = bytearray()
     while len(data) < size:
         sock.settimeout(max(0.01, deadline - time.monotonic()))
@@ -160,6 +160,6 @@ def _take(sock: socket.socket, size: int, deadline: float) -> bytes:
     return bytes(data)
 
 
-def _give(sock: socket.socket, data: bytes, deadline: float) -> None:
+def _send(sock: socket.socket, data: bytes, deadline: float) -> None:
     sock.settimeout(max(0.01, deadline - time.monotonic()))
     sock.sendall(data)

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shardit.engine.nodes.handshake import Endpoint, JoinOrder, admit, welcome
+from shardit.engine.nodes.handshake import Endpoint, JoinOrder, admit, confirm
 from shardit.engine.process.channel import Channel, Closed
 from shardit.engine.process.messages import SessionSpec
 from shardit.errors import InputError, RankError
 
-LOOK_S = 0.2
+POLL_INTERVAL_S = 0.2
 MAX_UNPROVEN = 256
 """Number of unverified connections at a time; more are closed at once."""
 
@@ -55,8 +55,8 @@ class RankPort:
         """Return the addresses for ranks, if this machine is known as `hosts`."""
         return Endpoint(tuple(dict.fromkeys(hosts)), self._listener.getsockname()[1], self.token)
 
-    def collect(self, timeout_s: float, look: Callable[[], None] = lambda: None) -> dict[Place, Arrival]:
-        """Wait until all places are taken, then stop accepting. `look` is called now and then; an exception from it
+    def collect(self, timeout_s: float, check: Callable[[], None] = lambda: None) -> dict[Place, Arrival]:
+        """Wait until all places are taken, then stop accepting. `check` is called now and then; an exception from it
         ends the wait. Raises RankError after `timeout_s`, and if the port is closed meanwhile."""
         deadline = time.monotonic() + timeout_s
         with self._change:
@@ -64,9 +64,9 @@ class RankPort:
                 if time.monotonic() >= deadline:
                     missing = ", ".join(str(rank) for rank in sorted({rank for rank, _ in self._missing}))
                     raise RankError(-1, f"after {timeout_s:g} s these ranks have not arrived: {missing}")
-                self._change.wait(LOOK_S)
+                self._change.wait(POLL_INTERVAL_S)
                 if self._missing:
-                    look()
+                    check()
             closed = self._closed
         self._stop_accepting()
         if closed:
@@ -110,7 +110,7 @@ class RankPort:
             with self._change:
                 if place not in self._missing or self._closed:
                     raise ValueError(f"{place} is not expected")
-                welcome(sock)
+                confirm(sock)
                 self._missing.remove(place)
                 self._arrived[place] = Arrival(Channel(sock), node_info)
                 self._change.notify_all()

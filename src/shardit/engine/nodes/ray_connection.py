@@ -12,7 +12,7 @@ from typing import Any
 
 from shardit.errors import InputError
 
-ANSWER_S = 10.0
+CONNECT_TIMEOUT_S = 10.0
 
 
 class RayConnection:
@@ -43,7 +43,7 @@ class RayConnection:
             if not ray.is_initialized():
                 connected: Future[None] = Future()
                 over = threading.Event()
-                threading.Thread(target=_stay, args=(connected, over), daemon=True).start()
+                threading.Thread(target=_stay_connected, args=(connected, over), daemon=True).start()
                 connected.result()
                 shared._over = over
             if not self.is_open:
@@ -68,7 +68,7 @@ class RayConnection:
             shared._over = None
 
 
-def _stay(connected: Future[None], over: threading.Event) -> None:
+def _stay_connected(connected: Future[None], over: threading.Event) -> None:
     """Connect, and wait until the connection is closed."""
     try:
         _connect()
@@ -122,4 +122,4 @@ def _check_answers(address: str | None) -> None:
     """Raise OSError if HOST:PORT does not answer: Ray itself would try for minutes."""
     host, _, port = (address or "").rpartition(":")
     if host and port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()

@@ -20,11 +20,11 @@ from shardit.engine.process.messages import SessionSpec
 from shardit.engine.process.placement import Report
 from shardit.errors import InputError, RankError
 
-RESOURCES_S = 60.0
+RESOURCES_TIMEOUT_S = 60.0
 """Default of SHARDIT_RAY_WAIT: longest wait for Ray to give the CPUs and GPUs, in seconds."""
-ARRIVE_S = 300.0
+ARRIVAL_TIMEOUT_S = 300.0
 """Time limit for the actors to start and their ranks to arrive, in seconds. They arrive before they load the model."""
-SHUTDOWN_S = 3.0
+SHUTDOWN_TIMEOUT_S = 3.0
 
 
 class RayPlacement:
@@ -76,15 +76,16 @@ class RayPlacement:
     def stop(self, code: int = 0) -> None:
         """See `Placement`."""
         self._stopped = True
-        thread = threading.Thread(target=self._leave, daemon=True)
+        thread = threading.Thread(target=self._shut_down, daemon=True)
         thread.start()
-        thread.join(SHUTDOWN_S)  # Ray may wait for a node that does not answer; the end of this process ends it, too
+        # Ray may wait for a node that does not answer; the end of this process ends it, too.
+        thread.join(SHUTDOWN_TIMEOUT_S)
 
     def stacks(self) -> dict[int, str]:
         """See `Placement`."""
         return {}
 
-    def _leave(self) -> None:
+    def _shut_down(self) -> None:
         self.kill()
         self._connection.close()
 
@@ -101,9 +102,9 @@ class RayPlacement:
         self._port = RankPort(listen_for_ranks(_own_address(ray)), [(rank, "rank") for rank in range(size)])
         if self._stopped:
             raise RankError(-1, "it has been stopped")
-        spec = replace(spec, model=_wherever(spec.model))
+        spec = replace(spec, model=_absolute(spec.model))
         self._run_actors(ray, spec.model, size, per_node, gpus)
-        arrived = self._port.collect(ARRIVE_S, lambda: self._look(ray))
+        arrived = self._port.collect(ARRIVAL_TIMEOUT_S, lambda: self._check_actors(ray))
         return join_all([arrived[rank, "rank"] for rank in range(size)], spec)
 
     def _reserve(self, ray: Any, per_node: int, gpus: bool) -> Any:
@@ -116,7 +117,7 @@ class RayPlacement:
             remove_placement_group(group)
             raise InputError(
                 f"Ray has not given {self._nodes} node{'s' * (self._nodes > 1)} with {_amounts(bundle)} each within "
-                f"{self._wait_s:g} s (SHARDIT_RAY_WAIT): {_there_is(ray)}"
+                f"{self._wait_s:g} s (SHARDIT_RAY_WAIT): {_describe_resources(ray)}"
             )
         return group
 
@@ -135,7 +136,7 @@ class RayPlacement:
             for rank, actor in enumerate(self._actors)
         ]
 
-    def _look(self, ray: Any) -> None:
+    def _check_actors(self, ray: Any) -> None:
         """Raise the error of an actor that ended before its rank arrived."""
         ended, _ = ray.wait(self._runs, num_returns=1, timeout=0)
         if not ended:
@@ -151,7 +152,7 @@ class RayPlacement:
             raise RankError(rank, f"it has ended before it had arrived, with code {code}")
 
 
-def _wherever(model: str) -> str:
+def _absolute(model: str) -> str:
     """Return the model under a name that is valid in any folder: actors have another working folder."""
     folder = Path(model).expanduser()
     return str(folder.resolve()) if folder.is_dir() else model
@@ -160,7 +161,7 @@ def _wherever(model: str) -> str:
 def _resources_wait() -> float:
     text = os.environ.get("SHARDIT_RAY_WAIT", "").strip()
     try:
-        seconds = float(text) if text else RESOURCES_S
+        seconds = float(text) if text else RESOURCES_TIMEOUT_S
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < 1e6:
@@ -182,7 +183,7 @@ def _own_address(ray: Any) -> str:
     return own if all(node["NodeManagerAddress"] == own for node in ray.nodes() if node["Alive"]) else ""
 
 
-def _there_is(ray: Any) -> str:
+def _describe_resources(ray: Any) -> str:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     each = ", ".join(f"{node['NodeManagerHostname']} ({_amounts(node['Resources'])})" for node in nodes)
     return f"it has {len(nodes)} node{'s' * (len(nodes) != 1)}: {each}; free are {_amounts(ray.available_resources())}"

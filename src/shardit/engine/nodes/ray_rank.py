@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from shardit.engine.nodes.handshake import Endpoint
 
-ARRIVE_S = 60.0
+CONNECT_TIMEOUT_S = 60.0
 
 
 class RayRank:
@@ -35,5 +35,5 @@ class RayRank:
         from shardit.engine.process.process import threads_per_rank
 
         here = RemoteRank(rank, model, address=get_node_ip_address())
-        here.arrive(endpoint, ARRIVE_S)
+        here.arrive(endpoint, CONNECT_TIMEOUT_S)
         return here.work(world_size, threads_per_rank(per_node))

@@ -12,7 +12,7 @@ from shardit.engine.nodes.node_info import node_info
 from shardit.engine.process.channel import Channel, Closed
 from shardit.engine.rank.worker import main
 
-JOIN_WAIT_S = 1800.0
+JOIN_TIMEOUT_S = 1800.0
 """Time limit for the arrival of the other ranks, in seconds; the supervisor gives up earlier."""
 
 
@@ -40,7 +40,7 @@ class RemoteRank:
     def work(self, world_size: int, threads: int) -> int:
         """Join the others and run until the supervisor closes the channel; returns the exit code."""
         channel: Any = self._channel
-        channel.socket.settimeout(JOIN_WAIT_S)
+        channel.socket.settimeout(JOIN_TIMEOUT_S)
         try:
             order: JoinOrder = channel.recv()
         except Closed:

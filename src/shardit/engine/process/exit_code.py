@@ -18,7 +18,7 @@ from shardit.settings.environment import DEBUG, switch
 OK, OURS, USERS, INTERRUPTED = 0, 1, 2, 130
 """Exit codes: done, our failure (a rank died), the user's mistake, Ctrl-C."""
 
-RANK_0_FIRST_S = 3.0
+OTHER_RANKS_DELAY_S = 3.0
 """Under torchrun the first rank that ends with an error has all others ended; its reason must be printed."""
 
 
@@ -104,7 +104,7 @@ def _failed(text: str, code: int, every_rank: bool = False) -> int:
     if every_rank or is_first_rank(os.environ):
         print(f"error: {' '.join(text.split())}", file=sys.stderr)
     else:
-        time.sleep(RANK_0_FIRST_S)
+        time.sleep(OTHER_RANKS_DELAY_S)
     return code
 
 

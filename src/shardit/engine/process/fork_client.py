@@ -41,8 +41,8 @@ from shardit.errors import InputError, RankError
 
 FORK_SERVER = "shardit.engine.rank.fork_server"
 """The module of the process that forks the ranks."""
-STOP_WAIT_S = 6.0
-IMPORT_WAIT_S = 120.0
+STOP_TIMEOUT_S = 6.0
+IMPORT_TIMEOUT_S = 120.0
 
 
 class ForkServerClient:
@@ -90,7 +90,7 @@ class ForkServerClient:
     def check(self, spec: SessionSpec) -> None:
         """Import the packages that ranks need; raise InputError for mistakes that can be found without ranks."""
         # The imports may take longer than a short timeout, which is meant for ranks that hang.
-        answer = self._ask(Check(spec), max(self.timeout_s, IMPORT_WAIT_S), Checked, InputRejected, Failed)
+        answer = self._ask(Check(spec), max(self.timeout_s, IMPORT_TIMEOUT_S), Checked, InputRejected, Failed)
         self._checked = True
         if isinstance(answer, InputRejected):
             raise answer.error()
@@ -119,7 +119,7 @@ class ForkServerClient:
             self.stop()
             return
         try:
-            self._ask(Kill(grace_s), STOP_WAIT_S + grace_s, RanksStopped)
+            self._ask(Kill(grace_s), STOP_TIMEOUT_S + grace_s, RanksStopped)
         except BaseException as error:
             self.stop()
             if not isinstance(error, Exception):
@@ -156,7 +156,7 @@ class ForkServerClient:
                     self._answers.put(message)
         self.control.close()
         self._answers.put(_END)
-        self._on_end(self.how_it_ended())
+        self._on_end(self.exit_reason())
 
     def stop(self) -> None:
         """Stop the fork server, which stops the ranks; if it has to be killed, the kernel kills them (Linux)."""
@@ -165,7 +165,7 @@ class ForkServerClient:
         if not self._checked:
             self.process.kill()  # it has no ranks yet, and during its imports it does not read the socket
         try:
-            self.process.wait(STOP_WAIT_S)
+            self.process.wait(STOP_TIMEOUT_S)
         except BaseException as error:
             self.process.kill()
             self.process.wait()
@@ -175,7 +175,7 @@ class ForkServerClient:
             if self.directory is not None:
                 shutil.rmtree(self.directory, ignore_errors=True)
 
-    def how_it_ended(self) -> str:
+    def exit_reason(self) -> str:
         """Describe the exit of a fork server that has closed its socket."""
         try:
             code = self.process.wait(1.0)

@@ -36,8 +36,8 @@ class HangDetector:
     ):
         self._rank_group, self._in_flight, self._bound, self._probe_s = rank_group, in_flight, bound, probe_s
         self._last_sign: dict[int, float] = {}
-        self._looking = False
-        self._look_at = 0.0
+        self._reading = False
+        self._read_at = 0.0
         self._stacks: dict[int, str] = {}
         rank_group.explain = self.explain
 
@@ -48,7 +48,7 @@ class HangDetector:
 
     def reset(self) -> None:
         """Reset after a start of the ranks."""
-        self._looking, self._stacks = False, {}
+        self._reading, self._stacks = False, {}
 
     def begins(self, replica: int) -> None:
         """Record that an idle replica gets a request."""
@@ -61,7 +61,7 @@ class HangDetector:
         self._last_sign[replica] = now
         return silence
 
-    def look(self) -> None:
+    def check(self) -> None:
         """Detect and report hanging ranks. To be called a few times per second."""
         if self._rank_group.failing:
             return
@@ -69,9 +69,9 @@ class HangDetector:
             self._rank_group.hang(*found)
         elif self.explain() is None:
             self._stacks = {}
-        elif not self._looking and time.monotonic() >= self._look_at:
-            self._looking = True
-            self._rank_group.look(self._seen)
+        elif not self._reading and time.monotonic() >= self._read_at:
+            self._reading = True
+            self._rank_group.read_stacks(self._seen)
 
     def overdue(self) -> tuple[str, list[int]] | None:
         """Return a reason and the ranks without an answer, if a replica has been silent for too long."""
@@ -86,7 +86,7 @@ class HangDetector:
         return None
 
     def _seen(self, stacks: dict[int, str]) -> None:
-        self._looking, self._look_at = False, time.monotonic() + self._probe_s
+        self._reading, self._read_at = False, time.monotonic() + self._probe_s
         before, self._stacks = self._stacks, stacks
         for one in self._in_flight():
             alone = _alone(one)

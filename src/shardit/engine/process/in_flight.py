@@ -20,7 +20,7 @@ class InFlight:
     finished: dict[int, RequestFinished] = field(default_factory=dict)
     errors: dict[int, str] = field(default_factory=dict)
 
-    def take(self, rank: int, message: RequestFailed | RequestFinished) -> None:
+    def record(self, rank: int, message: RequestFailed | RequestFinished) -> None:
         """Store an answer of a rank."""
         if isinstance(message, RequestFailed):
             self.errors[rank] = message.reason

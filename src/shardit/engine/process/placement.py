@@ -9,7 +9,7 @@ from typing import Protocol
 
 from shardit.engine.process.channel import Channel, Closed
 from shardit.engine.process.failure import Failure
-from shardit.engine.process.fork_client import STOP_WAIT_S, ForkServerClient
+from shardit.engine.process.fork_client import STOP_TIMEOUT_S, ForkServerClient
 from shardit.engine.process.messages import SessionSpec
 from shardit.errors import RankError
 
@@ -56,7 +56,7 @@ class LocalPlacement:
             except TimeoutError:
                 state = f"did not answer in time: raise timeout_s (--timeout), which is {self._timeout_s:g} s"
             except Closed:
-                state = self.fork_server.how_it_ended() if self.fork_server else "has ended"
+                state = self.fork_server.exit_reason() if self.fork_server else "has ended"
             raise RankError(-1, f"the process that starts ranks {state}")
 
     def _start(self, spec: SessionSpec) -> list[Channel]:
@@ -90,5 +90,5 @@ class LocalPlacement:
         """See `Placement`."""
         with contextlib.suppress(OSError, EOFError):
             if self.fork_server is not None and self.fork_server.alive:
-                return self.fork_server.stacks(STOP_WAIT_S)
+                return self.fork_server.stacks(STOP_TIMEOUT_S)
         return {}

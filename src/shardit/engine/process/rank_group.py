@@ -18,7 +18,7 @@ from shardit.engine.process.placement import Placement
 from shardit.engine.process.stacks import described, suspect
 from shardit.errors import InputError, RankError
 
-LAST_MESSAGE_S = 0.2
+LAST_MESSAGE_DELAY_S = 0.2
 """Time to wait, in seconds, for messages that a rank has sent before its process ended."""
 
 
@@ -80,7 +80,7 @@ class RankGroup:
 
     def bring_up(self) -> None:
         """Stop the remaining ranks and start all; returns at once."""
-        self.leave()
+        self.disconnect()
         generation = self._generation
         self._starting = threading.Thread(target=self._start, args=(generation, self._starting), daemon=True)
         self._starting.start()
@@ -102,9 +102,9 @@ class RankGroup:
         def seen(stacks: dict[int, str]) -> None:
             self._note(generation, _hang(reason, stacks, ranks) if stacks else if_unseen or Failure(reason))
 
-        self.look(seen)
+        self.read_stacks(seen)
 
-    def look(self, seen: Callable[[dict[int, str]], None]) -> None:
+    def read_stacks(self, seen: Callable[[dict[int, str]], None]) -> None:
         """Read the stacks of all ranks, which takes up to some seconds; then call `seen(stacks)` in the loop, with {}
         if they cannot be read. It is not called if the ranks have failed meanwhile."""
         generation = self._generation
@@ -121,7 +121,7 @@ class RankGroup:
 
         threading.Thread(target=work, daemon=True).start()
 
-    def leave(self) -> None:
+    def disconnect(self) -> None:
         """Close the connections to the ranks, which then exit; nothing more is reported of them."""
         self._generation += 1
         for pipe in self._pipes:
@@ -131,7 +131,7 @@ class RankGroup:
 
     def stop(self, code: int = 0) -> None:
         """Stop all ranks permanently; see `Placement.stop`."""
-        self.leave()
+        self.disconnect()
         self.placement.stop(code)
 
     def _start(self, generation: int, before: threading.Thread | None) -> None:
@@ -163,14 +163,14 @@ class RankGroup:
         def pipe(rank: int, channel: Channel) -> Pipe:
             return Pipe(
                 channel,
-                lambda message: self._loop.call(self._take, generation, rank, message),
+                lambda message: self._loop.call(self._receive, generation, rank, message),
                 lambda: self._loop.call(self._disconnected, generation, rank),
             )
 
         self._pipes = [pipe(rank, channel) for rank, channel in enumerate(channels)]
         self.loading_since = time.monotonic()
 
-    def _take(self, generation: int, rank: int, message: Any) -> None:
+    def _receive(self, generation: int, rank: int, message: Any) -> None:
         if generation != self._generation:
             return
         if isinstance(message, Ready):
@@ -199,7 +199,7 @@ class RankGroup:
         if failure.rank in self._closed:
             self._note(generation, failure)
         else:  # its last messages come first; a process that it has started may keep the connection open
-            self._loop.later(LAST_MESSAGE_S, self._note, generation, failure)
+            self._loop.later(LAST_MESSAGE_DELAY_S, self._note, generation, failure)
 
     def _disconnected(self, generation: int, rank: int) -> None:
         if generation == self._generation:
@@ -235,7 +235,7 @@ class RankGroup:
         if root.cause is Cause.PEER and silent:
             self.hang("it hangs and its peers gave up", silent, replace(root, cause=Cause.CERTAIN))
             return
-        self.leave()
+        self.disconnect()
         self._on_down(root)
 
 

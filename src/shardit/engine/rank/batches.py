@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from shardit.core.runtime.digests import short_hash
 from shardit.core.runtime.program import Program
 from shardit.engine.process.messages import BatchStep, CacheUse, Progress
-from shardit.engine.rank.outcomes import Outcomes, Taken
+from shardit.engine.rank.outcomes import Outcomes, ReceivedRequest
 
 if TYPE_CHECKING:
     from shardit.engine.tasks.task import OnProgress, RequestBatcher
 
 
-TELL_S = 0.5
+REPORT_INTERVAL_S = 0.5
 """Shortest time between two reports of the use of caches, in seconds."""
 
 
@@ -25,22 +25,22 @@ class BatchPrograms:
 
     def __init__(self, session: Any, outcomes: Outcomes, batcher: RequestBatcher):
         self.outcomes, self.batcher = outcomes, batcher
-        self._open: dict[int, Taken] = {}
+        self._open: dict[int, ReceivedRequest] = {}
         self._step: list[Progress] = []
         batcher.on_end, batcher.on_step, batcher.pause = self._ended, self._end_step, session.loop.yield_turn
         self._leads = session.leads
-        self._tells = session.leads and session.spec.of_server
-        self._told: tuple[int, int | None, int, int] = (0, None, 0, 0)
-        self._told_at = 0.0
+        self._reports = session.leads and session.spec.of_server
+        self._reported: tuple[int, int | None, int, int] = (0, None, 0, 0)
+        self._reported_at = 0.0
 
     def could_begin(self, active: int) -> bool:
         """Return whether another request could begin: always, as it joins a batch."""
         return True
 
-    def add(self, taken: Taken) -> None:
+    def add(self, received: ReceivedRequest) -> None:
         """Queue a request."""
-        self._open[taken.key] = replace(taken, begun=time.perf_counter())
-        self.batcher.add(taken.key, taken.request, functools.partial(self._progress, taken.key))
+        self._open[received.key] = replace(received, begun=time.perf_counter())
+        self.batcher.add(received.key, received.request, functools.partial(self._progress, received.key))
 
     def cancel(self, key: int) -> None:
         """End a request; it leaves its batch before the next step."""
@@ -49,15 +49,15 @@ class BatchPrograms:
 
     def next(self, active: int) -> Program | None:
         """Return the program of a new batch, if a request needs one."""
-        if self._tells and (not self._open or time.perf_counter() - self._told_at >= TELL_S):
-            self._tell_use()
+        if self._reports and (not self._open or time.perf_counter() - self._reported_at >= REPORT_INTERVAL_S):
+            self._report_use()
         return self.batcher.program()
 
-    def _tell_use(self) -> None:
-        use, self._told_at = self.batcher.cache_use, time.perf_counter()
-        if use != self._told:
-            self.outcomes.channel.send(CacheUse(*use[:2], use[2] - self._told[2], use[3] - self._told[3]))
-            self._told = use
+    def _report_use(self) -> None:
+        use, self._reported_at = self.batcher.cache_use, time.perf_counter()
+        if use != self._reported:
+            self.outcomes.channel.send(CacheUse(*use[:2], use[2] - self._reported[2], use[3] - self._reported[3]))
+            self._reported = use
 
     def finish(self, program: Program) -> None:
         """Report the requests that have failed with a program."""
@@ -65,7 +65,7 @@ class BatchPrograms:
             assert program.error is not None
             self.outcomes.failed(self._open.pop(key), program.error)
 
-    def of_program(self, program: Program | None) -> Taken | None:
+    def of_program(self, program: Program | None) -> ReceivedRequest | None:
         """Return the request that a program runs, None if it runs several."""
         keys = set() if program is None else self.batcher.suspects(program)
         return self._open.get(keys.pop()) if len(keys) == 1 else None
@@ -81,9 +81,9 @@ class BatchPrograms:
 
     def _ended(self, key: int, result: Any) -> None:
         """Report the end of a request. Its result is compared between ranks."""
-        taken = self._open.pop(key)
-        seconds = time.perf_counter() - taken.begun
-        self.outcomes.ended(taken, short_hash(repr(result).encode()).hex(), (result, seconds, []))
+        received = self._open.pop(key)
+        seconds = time.perf_counter() - received.begun
+        self.outcomes.ended(received, short_hash(repr(result).encode()).hex(), (result, seconds, []))
 
 
 def run_batches(session: Any, batcher: RequestBatcher, requests: list[Any], on_progress: OnProgress) -> dict[int, Any]:

@@ -16,17 +16,17 @@ class Counts:
     def __init__(self, session: Any):
         self.comm = session.replica
         self.ahead = session.mesh.sizes["pp"] > 1
-        self._given: deque[int] = deque([0] if self.ahead else [])  # of the first round: nothing
+        self._sent: deque[int] = deque([0] if self.ahead else [])  # of the first round: nothing
 
-    def take(self) -> int:
+    def next(self) -> int:
         """Return the number for the round that begins. Raises RankError after the timeout."""
-        if self._given:
-            return self._given.popleft()
+        if self._sent:
+            return self._sent.popleft()
         return self.comm.receive_count()
 
-    def give(self, count: int) -> None:
+    def send(self, count: int) -> None:
         """On the first rank: send the next number."""
-        self._given.append(count)
+        self._sent.append(count)
         if self.comm is not None:
             self.comm.send_count(count)
 

@@ -44,8 +44,8 @@ from shardit.loading.missing import import_failure, missing_package
 
 PRELOAD = ("torch.distributed", "diffusers.pipelines.pipeline_utils", "transformers.modeling_utils")
 """Imports of every rank. The session's module may have its own PRELOAD, and its check imports more."""
-KILL_WAIT_S = 5.0
-STACK_WAIT_S = 0.5
+KILL_TIMEOUT_S = 5.0
+STACK_DUMP_S = 0.5
 
 
 def main(control_fd: int, parent: int) -> None:
@@ -130,14 +130,14 @@ class ForkServer:
                 warnings.simplefilter("ignore", DeprecationWarning)  # "multi-threaded, use of fork()": not true here
                 pid = os.fork()
             if pid == 0:
-                self.become_rank(message, rank, fds)
+                self.run_forked_rank(message, rank, fds)
             self.pids[rank] = pid
             self.group = self.group or pid
             join_group(pid, self.group)
         for fd in fds:
             os.close(fd)
 
-    def become_rank(self, message: Start, rank: int, fds: list[int]) -> None:
+    def run_forked_rank(self, message: Start, rank: int, fds: list[int]) -> None:
         """In the forked process: release the resources of the fork server and run the rank. Never returns."""
         code = 1
         try:
@@ -189,7 +189,7 @@ class ForkServer:
             with contextlib.suppress(OSError):  # not there yet, or gone
                 os.truncate(self.directory / f"stack-{rank}", 0)
             os.kill(pid, signal.SIGUSR1)
-        time.sleep(STACK_WAIT_S)
+        time.sleep(STACK_DUMP_S)
         return Stacks({rank: (self.directory / f"stack-{rank}").read_text(errors="replace") for rank in self.pids})
 
     def kill(self, grace_s: float = 0.0) -> None:
@@ -200,7 +200,7 @@ class ForkServer:
         if self.pids:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.group, signal.SIGKILL)
-        self.reap(KILL_WAIT_S)
+        self.reap(KILL_TIMEOUT_S)
         self.pids, self.group = {}, 0
         if self.directory is not None:
             shutil.rmtree(self.directory, ignore_errors=True)

@@ -13,7 +13,7 @@ from shardit.engine.process.messages import Progress, RequestFailed, RequestFini
 
 
 @dataclass(frozen=True)
-class Taken:
+class ReceivedRequest:
     """A received request; begun: time of its start in the rounds, by `perf_counter`."""
 
     key: int
@@ -40,28 +40,28 @@ class Outcomes:
         """Report a request that this rank cannot read."""
         self.channel.send(RequestFinished(key=key, start=None, error=text, rejected=True))
 
-    def left(self, key: int) -> None:
+    def cancelled_waiting(self, key: int) -> None:
         """Report a request that was cancelled before it began."""
         self.channel.send(RequestFinished(key=key, start=None, cancelled=True))
 
-    def failed(self, taken: Taken, error: Exception, start: str | None = None) -> None:
+    def failed(self, received: ReceivedRequest, error: Exception, start: str | None = None) -> None:
         """Report a request that must have failed on all ranks: they compare the outcome, or wait."""
-        text = self.session.model.error_text(taken.request, error)
+        text = self.session.model.error_text(received.request, error)
         # Before the comparison: if it fails on this rank alone, the others may never come to compare.
-        self.channel.send(RequestFailed(taken.key, text))
-        self.session.agree((taken.key, type(error).__name__), f"here: {error!r}")
-        self.ended(taken, start, None, error=text)
+        self.channel.send(RequestFailed(received.key, text))
+        self.session.agree((received.key, type(error).__name__), f"here: {error!r}")
+        self.ended(received, start, None, error=text)
 
     def ended(
-        self, taken: Taken, start: str | None, value: Any, *, error: str | None = None, cancelled: bool = False
+        self, one: ReceivedRequest, start: str | None, value: Any, *, error: str | None = None, cancelled: bool = False
     ) -> None:
         """Report a request that has ended, by its value, by an error or cancelled. start: see `RequestFinished`."""
         output = None
         if self.session.leads and not cancelled:
-            output = self.session.model.collect(taken.request, value, error)
+            output = self.session.model.collect(one.request, value, error)
         self.channel.send(
             RequestFinished(
-                key=taken.key,
+                key=one.key,
                 start=start,
                 cancelled=cancelled,
                 error=error,
@@ -74,8 +74,8 @@ class Outcomes:
         if self.session.spec.of_server:
             self.log.info(
                 "request_finished",
-                request_id=taken.request_id,
+                request_id=one.request_id,
                 how="cancelled" if cancelled else error or "completed",
-                seconds=round(time.perf_counter() - taken.begun, 3),
+                seconds=round(time.perf_counter() - one.begun, 3),
                 peak_bytes=peak_bytes(),
             )

@@ -21,7 +21,7 @@ from shardit.engine.process.memory import reset_peak
 from shardit.engine.process.messages import Begin, Cancel, OutOfMemory
 from shardit.engine.rank.batches import BatchPrograms
 from shardit.engine.rank.counts import Counts, readable
-from shardit.engine.rank.outcomes import Outcomes, Taken
+from shardit.engine.rank.outcomes import Outcomes, ReceivedRequest
 from shardit.engine.rank.programs import Programs
 from shardit.errors import InputError
 from shardit.logs import logger
@@ -52,11 +52,11 @@ class ServingWorker:
 
     def admit(self, active: int) -> Program | None:
         """At the beginning of a round: act on the commands that take effect now; return a program to add."""
-        if self._listens(active):
+        if self._takes_commands(active):
             if not self.counts.ahead:
                 self._read()
-            for _ in range(self.counts.take()):
-                self._act(self._next_command())
+            for _ in range(self.counts.next()):
+                self._execute(self._next_command())
         program = self.requests.next(active)
         if program is None and active == 0:
             self.busy_s += time.perf_counter() - self._since
@@ -75,33 +75,33 @@ class ServingWorker:
 
     def report(self, error: Exception) -> None:
         """Before an error ends this rank: name the request that ran out of memory, if it was one alone."""
-        taken = self.requests.of_program(self.session.loop.last)
-        if is_out_of_memory(error) and taken is not None:
-            self.channel.send(OutOfMemory(taken.key, self.session.model.error_text(taken.request, error)))
+        received = self.requests.of_program(self.session.loop.last)
+        if is_out_of_memory(error) and received is not None:
+            self.channel.send(OutOfMemory(received.key, self.session.model.error_text(received.request, error)))
 
     def current_request(self) -> dict[str, str]:
         """Return the id of the request whose turn it is, for the log."""
-        taken = self.requests.of_program(self.session.loop.current)
-        return {"request_id": taken.request_id} if taken is not None else {}
+        received = self.requests.of_program(self.session.loop.current)
+        return {"request_id": received.request_id} if received is not None else {}
 
-    def _listens(self, active: int) -> bool:
+    def _takes_commands(self, active: int) -> bool:
         """Return whether commands take effect in this round. If nothing can be cancelled, they do only if another
         request could begin: the exchange would cost time in each of the many rounds of a step."""
         return self.counts.ahead or self._can_cancel or self.requests.could_begin(active)
 
     def _read(self) -> None:
-        """On the first rank: let the received commands take effect from the next `take` on."""
+        """On the first rank: let the received commands take effect from the next count on."""
         if self.session.leads:
             while readable(self.channel, 0.0):
                 self.commands.append(self.channel.recv())
-            self.counts.give(len(self.commands))
+            self.counts.send(len(self.commands))
 
     def _next_command(self) -> Any:
         if self.commands:
             return self.commands.popleft()
         return self.channel.recv()
 
-    def _act(self, command: Any) -> None:
+    def _execute(self, command: Any) -> None:
         if isinstance(command, Cancel):
             self.requests.cancel(command.key)
             return
@@ -111,4 +111,4 @@ class ServingWorker:
         except InputError as error:
             self.outcomes.rejected(command.key, str(error))
             return
-        self.requests.add(Taken(command.key, request, command.request_id))
+        self.requests.add(ReceivedRequest(command.key, request, command.request_id))

@@ -57,7 +57,7 @@ def main(
         return 0
     except BaseException as error:
         with contextlib.suppress(Closed):
-            channel.send(Failed(describe(error), speaks_of_peer(error)))
+            channel.send(Failed(describe(error), blames_peer(error)))
         return 1
     session.close()
     return 0
@@ -85,7 +85,7 @@ def describe(error: BaseException) -> str:
     return summary + "\n" + "".join(traceback.format_exception(type(error), error, error.__traceback__)).rstrip()
 
 
-def speaks_of_peer(error: BaseException) -> bool:
+def blames_peer(error: BaseException) -> bool:
     """Return whether the failure of another rank, not of this rank, is the cause."""
     # The first of a chain of exceptions decides: cleaning up after a rank's own error may fail on a peer.
     chain = [error]

@@ -110,7 +110,7 @@ class Batcher:
         if group is None:
             return None
         parts = (self.forward, self.scheduler, group, self.pad, self.prefixes)
-        run = GroupRun(*parts, self._choose, self._take, lambda: self.pause())
+        run = GroupRun(*parts, self._choose, self._record, lambda: self.pause())
         program = Program(functools.partial(self._run, run), seed=None)
         self._groups[program] = group
         return program
@@ -193,7 +193,7 @@ class Batcher:
             pairs = list(zip(map(int, ids), values, strict=True))[:most]
             sequences[number].logprobs.append(dict(pairs))
 
-    def _take(self, sequences: list[Sequence]) -> None:
+    def _record(self, sequences: list[Sequence]) -> None:
         """Record the new tokens of sequences: report them, and the requests that have ended with them."""
         changed: dict[int, list[Sequence]] = {}
         for one in sequences:

@@ -91,7 +91,7 @@ class GroupRun:
             logits = self.forward(ids, [one.length for one in group.rows], group.columns, self.state, is_first=False)
         else:
             logits = self.forward.unpadded(_whole(group.rows), self.state, is_first=False)
-        self._take(group.rows, logits)
+        self._append_tokens(group.rows, logits)
 
     def _compute(self, chunk: Chunk) -> None:
         prefill = chunk.prefill
@@ -109,7 +109,7 @@ class GroupRun:
             add_scores(sequences, start, stop, width, logits)
         if chunk.is_last:
             self._join(prefill)
-            self._take(sequences, logits)
+            self._append_tokens(sequences, logits)
 
     def _join(self, prefill: Prefill) -> None:
         had_rows = bool(self.group.rows)
@@ -120,7 +120,7 @@ class GroupRun:
             self.state = self._prefill_state
         self._prefill, self._prefill_state = None, {}
 
-    def _take(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
+    def _append_tokens(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
         tokens = self.choose(sequences, logits)
         going = [one for one in sequences if one.ended is None]  # others may have been cancelled meanwhile
         for one, token in zip(sequences, tokens, strict=True):

@@ -65,7 +65,7 @@ def _check_other(source: DecoderSource, named: str, generates: bool) -> None:
         )
 
 
-def _refuse_adapter_beside(folder: Path, loras: Sequence[Lora]) -> None:
+def _refuse_second_adapter(folder: Path, loras: Sequence[Lora]) -> None:
     """Raise InputError for an adapter in the folder of a model, unless it is one of those that are merged: transformers
     would load it."""
     given = [Path(lora.path).resolve() for lora in loras]
@@ -85,7 +85,7 @@ class PreparedDecoder:
     ):
         self.source, self.kept = source, dtype_of(dtype, "model")
         if source.gguf is None and (source.folder / ADAPTER_CONFIG).is_file():
-            _refuse_adapter_beside(source.folder, loras)
+            _refuse_second_adapter(source.folder, loras)
         self._file: GGUFFile | None = None
         self._checkpoint: Checkpoint | None = None
         if source.gguf is not None:

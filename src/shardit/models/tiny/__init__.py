@@ -70,9 +70,9 @@ def filled_in(name: str, given: Collection[str]) -> dict[str, Any]:
     from shardit.models.tiny.recipes.catalog import recipe
 
     call, trained = defaults(name), recipe(name).weights is not None
-    told = {*given, *(["num_inference_steps"] if {"sigmas", "timesteps"} & {*given} else [])}
+    given_names = {*given, *(["num_inference_steps"] if {"sigmas", "timesteps"} & {*given} else [])}
     own = (*_OWN_SIZE, *(["guidance_scale"] if trained else []))
-    return {argument: call[argument] for argument in own if argument in call and argument not in told}
+    return {argument: call[argument] for argument in own if argument in call and argument not in given_names}
 
 
 def example_prompt(name: str) -> str:

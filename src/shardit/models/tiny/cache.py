@@ -16,9 +16,9 @@ PREFIX = "tiny/"
 
 def cache_root() -> Path:
     """Return $SHARDIT_CACHE, or ~/.cache/shardit. Raises InputError."""
-    told = os.environ.get("SHARDIT_CACHE")
-    if told:
-        return user_path("SHARDIT_CACHE", told)
+    value = os.environ.get("SHARDIT_CACHE")
+    if value:
+        return user_path("SHARDIT_CACHE", value)
     return home_folder("name a folder in SHARDIT_CACHE") / ".cache" / "shardit"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from shardit.errors import RankError, UnsupportedError
-from shardit.parallel.attention.hook import attention_goes_to
+from shardit.parallel.attention.hook import intercept_attention
 from shardit.parallel.attention.sequence_attention import AttentionLayout, Call, SequenceAttention
 from shardit.parallel.dataflow import Dataflow
 
@@ -108,7 +108,7 @@ def in_step(run: BlockAttention, call: Callable[[], Any], title: str, remedy: st
     """Run a call of a block, whose lengths are not known, and return its result: it fails on all ranks or on none."""
     try:
         try:
-            with attention_goes_to(run):
+            with intercept_attention(run):
                 out = call()
         except (OutOfStep, RankError, MemoryError, torch.OutOfMemoryError):
             raise

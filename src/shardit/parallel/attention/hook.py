@@ -24,7 +24,7 @@ from shardit.parallel.attention.sequence_attention import Call
 
 _plain_sdpa = F.scaled_dot_product_attention
 _users = 0
-"""Number of open `attention_goes_to` contexts: forwards in flight enter and leave it in any order."""
+"""Number of open `intercept_attention` contexts: forwards in flight enter and leave it in any order."""
 
 
 class Handler(Protocol):
@@ -39,7 +39,7 @@ _handler: ContextVar[Handler | None] = ContextVar("shardit_attention", default=N
 
 
 @contextmanager
-def attention_goes_to(handler: Handler) -> Iterator[None]:
+def intercept_attention(handler: Handler) -> Iterator[None]:
     """Send attention calls in this context to `handler`."""
     global _plain_sdpa, _users
     if F.scaled_dot_product_attention is not _sdpa:
@@ -56,7 +56,7 @@ def attention_goes_to(handler: Handler) -> Iterator[None]:
             F.scaled_dot_product_attention = _plain_sdpa
 
 
-def attention_is_taken() -> bool:
+def attention_is_intercepted() -> bool:
     """Return whether attention calls in this context go to a handler."""
     return _handler.get() is not None
 

@@ -89,9 +89,9 @@ def read_heads(module: nn.Module, names: rules.Attention, family: rules.Family, 
     """
     known = (*names.query, *names.key_value, *names.out, *names.query_norms, *names.key_norms, *names.per_head)
     known = (*known, *names.head_vectors, *names.head_gates, *names.full_input)
-    stranger = unknown_part(module, (*known, "processor"))  # that is matched separately
-    if stranger is not None:
-        return f"no rule matches {stranger}"
+    unmatched = unknown_part(module, (*known, "processor"))  # that is matched separately
+    if unmatched is not None:
+        return f"no rule matches {unmatched}"
     linears = [*names.query, *names.key_value, *names.out, *names.head_gates]
     strange = [part for part in present(module, linears) if not is_linear(part_of(module, part)) and part != "to_out"]
     if strange:

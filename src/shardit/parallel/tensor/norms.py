@@ -41,7 +41,7 @@ def across_gated(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
 
 
 @dataclass
-class _Ahead:
+class _SentAhead:
     """The keys, for the query norm, and then their summed squares, for the key norm.
 
     Calls in flight share it: between two messages each call sets both again, and checks whether the keys are its own.
@@ -91,7 +91,7 @@ def install_pair(
             return plain_norm(self, hidden_states)
         return _scaled(self, hidden_states, squares, key_total)
 
-    ahead = _Ahead()
+    ahead = _SentAhead()
     for module, forward in ((key_linear, linear), (query_norm, first), (key_norm, second)):
         module.shardit_ahead = ahead  # pyright: ignore[reportArgumentType]
         members = {"forward": unless_whole(forward), PLAIN: type(module)}

@@ -12,7 +12,7 @@ from torch import nn
 from shardit.core.comm.collectives import Collectives
 from shardit.core.placement.gathered import gathered
 from shardit.core.placement.slices import Shards, one_behind_the_other
-from shardit.core.runtime.yielding import undisturbed
+from shardit.core.runtime.yielding import without_yielding
 from shardit.parallel.tensor.heads import join
 from shardit.parallel.tensor.numbers import number_at, set_number
 from shardit.parallel.tensor.plan import PLAIN, WHOLE, TensorPlan
@@ -26,27 +26,27 @@ FUSED = {
 
 
 @contextmanager
-def whole_for_now(model: nn.Module, unit: str, plan: TensorPlan, ranks: Collectives) -> Iterator[None]:
+def temporarily_whole(model: nn.Module, unit: str, plan: TensorPlan, ranks: Collectives) -> Iterator[None]:
     """Temporarily give a module below `model` whole weights and its own code everywhere. Collective; no other call gets
     a turn, since modules are shared between calls in flight."""
     undo: list[Callable[[], None]] = []
-    with undisturbed():
+    with without_yielding():
         try:
-            _become_whole(model, unit, plan, ranks, undo)
+            _make_whole(model, unit, plan, ranks, undo)
             yield
         finally:
             for act in reversed(undo):
                 act()
 
 
-def whole_for_good(model: nn.Module, unit: str, plan: TensorPlan, ranks: Collectives) -> None:
+def make_whole(model: nn.Module, unit: str, plan: TensorPlan, ranks: Collectives) -> None:
     """Make a module below `model` whole on every rank, in place, and remove it from the plan. Collective."""
-    with undisturbed(), torch.inference_mode(False), torch.no_grad():
-        _become_whole(model, unit, plan, ranks, [])
+    with without_yielding(), torch.inference_mode(False), torch.no_grad():
+        _make_whole(model, unit, plan, ranks, [])
     plan.forget(unit)
 
 
-def _become_whole(
+def _make_whole(
     model: nn.Module, unit: str, plan: TensorPlan, ranks: Collectives, undo: list[Callable[[], None]]
 ) -> None:
     inside = f"{unit}." if unit else ""

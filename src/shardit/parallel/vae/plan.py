@@ -111,7 +111,7 @@ class Planner:
             out = self._run(index, call, args, kwargs)
         spec_leaves = _describe(out)
         self._outputs.append(spec_leaves)
-        self.watch.came_out(number, tree_leaves(out), tree_leaves((args, kwargs)))
+        self.watch.record_outputs(number, tree_leaves(out), tree_leaves((args, kwargs)))
         return out
 
     def _run(self, index: int, call: Any, args: Any, kwargs: Any) -> Any:

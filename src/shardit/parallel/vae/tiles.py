@@ -34,7 +34,7 @@ PARTS = ("encoder", "decoder")
 """The costly parts of a VAE, with one call or several for each tile. All else is glue, which costs little."""
 
 
-class _LeaveTiles(BaseException):
+class _StopTiles(BaseException):
     """Leaves a VAE call when this rank has computed its last tile. Not an Exception: models may catch those."""
 
 
@@ -124,7 +124,7 @@ class Tiles:
         try:
             with self._part_calls.intercepted_by(compute), _kept(self.module), torch.no_grad():
                 run()
-        except _LeaveTiles:
+        except _StopTiles:
             return compute.message
         except RankError:
             raise
@@ -169,7 +169,7 @@ class _Compute:
             # A copy, since glue may write to a tile (blending does), here on top of placeholders.
             _part(self.plan, self.place, self.message, number, n).copy_(_checked(leaves[n], known.leaves[n]))
         if number == self.last:
-            raise _LeaveTiles
+            raise _StopTiles
         return out
 
 

@@ -41,7 +41,7 @@ class TileWatch(TorchDispatchMode):
         finally:
             self._inside = None
 
-    def came_out(self, number: int, outputs: list[Any], arguments: list[Any]) -> None:
+    def record_outputs(self, number: int, outputs: list[Any], arguments: list[Any]) -> None:
         """Record the outputs of part call `number`, and containers among its arguments, to which it may have added
         tensors."""
         for leaf, tensor in enumerate(outputs):

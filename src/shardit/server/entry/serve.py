@@ -22,7 +22,7 @@ from shardit.settings.paths import check_name
 if TYPE_CHECKING:
     from shardit.engine.process.placement import Placement
 
-LEFT_BEHIND_S = 6.0
+PORT_RELEASE_TIMEOUT_S = 6.0
 """Seconds for the processes of a killed server to release the port."""
 
 _NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
@@ -36,7 +36,7 @@ def serve(options: ServeOptions, placement: Placement | None = None, grace_s: fl
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the supervisor sets its own handler
     with (
         locked(options.data_dir, grace_s) as was_killed,
-        listening(options.host, options.port, LEFT_BEHIND_S if was_killed else 0.0) as listener,
+        listening(options.host, options.port, PORT_RELEASE_TIMEOUT_S if was_killed else 0.0) as listener,
         api_process.started(listener) as api,  # it takes longest to import, so it begins before the rest is imported
     ):
         import sqlite3
@@ -92,7 +92,7 @@ def locked(folder: Path, grace_s: float = 0.0) -> Iterator[bool]:
     made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = _take(folder / "lock", deadline)
+        handle = _acquire(folder / "lock", deadline)
     except OSError as error:
         raise InputError(
             f"the data folder {folder} cannot be used ({error.strerror}); choose another with --data-dir"
@@ -106,14 +106,14 @@ def locked(folder: Path, grace_s: float = 0.0) -> Iterator[bool]:
         try:
             yield was_killed
         except (InputError, SystemExit):
-            _leave(folder, made)
+            _release(folder, made)
             raise
-        _leave(folder, made)
+        _release(folder, made)
     finally:
         os.close(handle)
 
 
-def _take(path: Path, deadline: float) -> int | None:
+def _acquire(path: Path, deadline: float) -> int | None:
     """Return a locked handle of a file, which is created if missing; None if another process keeps it locked."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -130,7 +130,7 @@ def _take(path: Path, deadline: float) -> int | None:
         os.close(handle)
 
 
-def _leave(folder: Path, made: bool) -> None:
+def _release(folder: Path, made: bool) -> None:
     """Remove the lock, and the folder if this start created it and left it empty."""
     with contextlib.suppress(OSError):
         (folder / "lock").unlink()

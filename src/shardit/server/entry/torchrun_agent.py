@@ -29,15 +29,15 @@ from shardit.engine.process.process import command, die_with_parent
 from shardit.engine.rank.fork_server import join_group
 from shardit.errors import InputError, RankError
 from shardit.server.options import ServeOptions
-from shardit.server.placement.torchrun import RESTART, Leave, Supervise
+from shardit.server.placement.torchrun import RESTART, Exit, Supervise
 from shardit.server.placement.torchrun_env import LOOPBACK, RankEnv, hosts_of
-from shardit.server.placement.torchrun_rank import be_rank, end_with
+from shardit.server.placement.torchrun_rank import exit_with_agent, run_rank
 
-WORD_WAIT_S = 5.0
+EXIT_CODE_TIMEOUT_S = 5.0
 """Seconds for the supervisor to send the exit code after the end of a rank, or a signal."""
-SUPERVISOR_STOP_S = 9.0
-CONTROL_S = 6.0
-KILL_S = 5.0
+SUPERVISOR_STOP_TIMEOUT_S = 9.0
+CONTROL_TIMEOUT_S = 6.0
+KILL_TIMEOUT_S = 5.0
 
 
 def serve_as_rank(options: ServeOptions) -> int:
@@ -123,7 +123,7 @@ class Agent:
             try:
                 ours.close()
                 self._become_rank(Channel(theirs), agent)
-                code = be_rank(self.options, self.rank_env, endpoint, Channel(theirs))
+                code = run_rank(self.options, self.rank_env, endpoint, Channel(theirs))
             except (InputError, RankError) as error:
                 print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             except BaseException as error:
@@ -150,7 +150,7 @@ class Agent:
             self.control.close()
         for end in (self._wakeup, self._woken):
             end.close()
-        threading.Thread(target=end_with, args=(to_agent.socket,), daemon=True).start()
+        threading.Thread(target=exit_with_agent, args=(to_agent.socket,), daemon=True).start()
 
     # Waiting.
 
@@ -187,7 +187,7 @@ class Agent:
         try:
             endpoint = self.from_rank.recv()
             hello = {**node_info(self.rank_env.rank), "role": "agent"}
-            self.control_channel, _ = connect(endpoint, hello, CONTROL_S)
+            self.control_channel, _ = connect(endpoint, hello, CONTROL_TIMEOUT_S)
         except (Closed, OSError):
             pass  # it has exited; a signal follows
         except RankError:
@@ -201,15 +201,15 @@ class Agent:
             return
         if self.control is not None:
             with contextlib.suppress(Closed, OSError):
-                self.control.send(Leave(0))
-            self._end_by(SUPERVISOR_STOP_S, 0)
+                self.control.send(Exit(0))
+            self._end_by(SUPERVISOR_STOP_TIMEOUT_S, 0)
         else:
-            self._end_by(WORD_WAIT_S, 128 + number)
+            self._end_by(EXIT_CODE_TIMEOUT_S, 128 + number)
 
     def _reap_rank(self) -> None:
         if self.rank_pid is not None and os.waitpid(self.rank_pid, os.WNOHANG)[0]:
             self.rank_pid = None
-            self._end_by(WORD_WAIT_S if self.control_channel is not None else 0.0, RESTART)
+            self._end_by(EXIT_CODE_TIMEOUT_S if self.control_channel is not None else 0.0, RESTART)
 
     def _end_by(self, seconds: float, code: int) -> None:
         if self._deadline == math.inf:
@@ -218,7 +218,7 @@ class Agent:
     def _code_of_supervisor(self) -> int:
         assert self.supervisor is not None
         try:
-            code = self.supervisor.wait(SUPERVISOR_STOP_S)
+            code = self.supervisor.wait(SUPERVISOR_STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             return RESTART
         return code if code in (0, 2) else RESTART
@@ -230,15 +230,15 @@ class Agent:
             for kill in (os.killpg, os.kill):  # its child processes, too; it may not have its own group yet
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     kill(self.rank_pid, signal.SIGKILL)
-            deadline = time.monotonic() + KILL_S
+            deadline = time.monotonic() + KILL_TIMEOUT_S
             while os.waitpid(self.rank_pid, os.WNOHANG)[0] == 0 and time.monotonic() < deadline:
                 time.sleep(0.01)
         if self.supervisor is not None:
             with contextlib.suppress(Closed, OSError):
                 assert self.control is not None
-                self.control.send(Leave(code))
+                self.control.send(Exit(code))
             try:
-                self.supervisor.wait(SUPERVISOR_STOP_S)
+                self.supervisor.wait(SUPERVISOR_STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 self.supervisor.kill()
                 self.supervisor.wait()

@@ -60,7 +60,7 @@ async def _serve(options: ServeOptions, store: Store, link: SupervisorClient, li
         link.send,
         info=model_info.recall(store, options.model),
         on_info=keep,
-        foresee=functools.partial(model_info.from_files, options.model, options.of_language),
+        read_info=functools.partial(model_info.from_files, options.model, options.of_language),
     )
     link.start(loop, live_state.deliver)
     try:

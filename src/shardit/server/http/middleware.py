@@ -23,11 +23,11 @@ from shardit.server.keys import owner_of
 from shardit.server.options import ServeOptions
 
 _LOG = logger("api")
-_BODY_PAUSE_S = 30.0
+_BODY_IDLE_TIMEOUT_S = 30.0
 """Longest wait for the next piece of a body, in seconds."""
-_BODY_S = 600.0
+_BODY_TIMEOUT_S = 600.0
 """Time limit for a whole body, in seconds."""
-_DRAIN_BYTES, _DRAIN_S = 1024**2, 2.0
+_DRAIN_BYTES, _DRAIN_TIMEOUT_S = 1024**2, 2.0
 _METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS", "PUT", "PATCH")
 _PROBES = ("/health", "/ready", "/metrics")
 _POLLED = ("/v1/server", "/v1/images", "/v1/videos", "/v1/generations")
@@ -102,7 +102,7 @@ class HttpMiddleware:
         except ApiError:
             if scope["path"] not in PROBED:
                 raise
-            scope["state"]["stranger"] = True
+            scope["state"]["unverified_host"] = True
         if not self._is_open(scope["path"]):
             scope["state"]["owner"] = self._owner(headers)
         if scope["method"] not in ("GET", "HEAD", "OPTIONS"):
@@ -223,17 +223,18 @@ class _Body:
         self._limit = limit
         self._total = 0
         self._complete = False
-        self._until = time.monotonic() + _BODY_S
+        self._until = time.monotonic() + _BODY_TIMEOUT_S
 
     async def receive(self) -> Message:
         """Receive as ASGI's `receive`. Raises ApiError for a body that is too large or too slow."""
         if self._complete:
             return await self._receive()
         try:
-            message = await asyncio.wait_for(self._receive(), min(_BODY_PAUSE_S, self._until - time.monotonic()))
+            message = await asyncio.wait_for(self._receive(), min(_BODY_IDLE_TIMEOUT_S, self._until - time.monotonic()))
         except (TimeoutError, asyncio.TimeoutError):
             self._complete = True
-            text = f"the body came too slowly (a pause of {_BODY_PAUSE_S:g} s, or {_BODY_S:g} s in all); send it again"
+            limits = f"a pause of {_BODY_IDLE_TIMEOUT_S:g} s, or {_BODY_TIMEOUT_S:g} s in all"
+            text = f"the body came too slowly ({limits}); send it again"
             raise ApiError(408, text, code="timeout", headers={"Connection": "close"}) from None
         if message["type"] == "http.request":
             self._total += len(message.get("body", b""))
@@ -247,7 +248,7 @@ class _Body:
 
     async def drain(self) -> None:
         """Read a little more of a refused body: a client that is still sending would miss the answer."""
-        left, until = _DRAIN_BYTES, time.monotonic() + _DRAIN_S
+        left, until = _DRAIN_BYTES, time.monotonic() + _DRAIN_TIMEOUT_S
         while left > 0 and not self._complete:
             try:
                 message = await asyncio.wait_for(self._receive(), max(0.01, until - time.monotonic()))

@@ -11,13 +11,13 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 _PROBE = re.compile(rb"(?:GET|HEAD) /(?:health|ready) HTTP/1\.1\r\n")
 
-PAUSE_S = 30.0
-"""Time limit for a client to send the head of a request, and to read some of an answer, in seconds each."""
-
 
 class IdleTimeoutProtocol(AutoHTTPProtocol):  # pyright: ignore[reportGeneralTypeIssues]
-    """uvicorn's protocol with a check of each connection every `PAUSE_S`: it is closed if nothing has happened since
-    the last check, although its client was expected to send or to read."""
+    """uvicorn's protocol with a check of each connection every `idle_timeout_s`: it is closed if nothing has happened
+    since the last check, although its client was expected to send or to read."""
+
+    idle_timeout_s = 30.0
+    """Time limit for a client to send the head of a request, and to read some of an answer, in seconds each."""
 
     transport: asyncio.Transport
     cycle: Any  # of the newest request; None before the first
@@ -30,7 +30,7 @@ class IdleTimeoutProtocol(AutoHTTPProtocol):  # pyright: ignore[reportGeneralTyp
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Handle a new connection."""
         super().connection_made(transport)
-        self._timer = self.loop.call_later(PAUSE_S, self._look)
+        self._timer = self.loop.call_later(self.idle_timeout_s, self._check)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Handle the end of a connection."""
@@ -53,14 +53,14 @@ class IdleTimeoutProtocol(AutoHTTPProtocol):  # pyright: ignore[reportGeneralTyp
         self._resumed += 1
         super().resume_writing()
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         sends = self.cycle is None or self.cycle.response_complete  # the client is expected to send a request
         now = (self.cycle, self._resumed, self.transport.get_write_buffer_size())
         if (sends or self._full) and now == self._seen:
             self.transport.abort()  # to close it would wait until all was read
             return
         self._seen = now
-        self._timer = self.loop.call_later(PAUSE_S, self._look)
+        self._timer = self.loop.call_later(self.idle_timeout_s, self._check)
 
 
 def _with_host(data: bytes) -> bytes:

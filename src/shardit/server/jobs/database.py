@@ -11,7 +11,7 @@ from typing import Any
 
 from shardit.server.jobs.migrations import migrate
 
-BUSY_S = 10.0
+BUSY_TIMEOUT_S = 10.0
 """Longest wait for the other process's transaction, in seconds; each takes milliseconds."""
 
 
@@ -20,7 +20,7 @@ class Database:
 
     def __init__(self, path: Path):
         self._lock = threading.RLock()
-        self.connection = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+        self.connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
         self.connection.row_factory = sqlite3.Row
         self.connection.execute("PRAGMA journal_mode=WAL")
         migrate(self.connection)

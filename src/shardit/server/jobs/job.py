@@ -11,7 +11,6 @@ from typing import Any, Literal
 State = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
 Kind = Literal["image", "video", "generation", "text"]
 
-OPEN: tuple[State, ...] = ("queued", "in_progress")
 ENDED: tuple[State, ...] = ("completed", "failed", "cancelled")
 
 

@@ -86,7 +86,7 @@ class Store:
         sql = "UPDATE jobs SET state='in_progress', started_at=?, attempts=attempts+1 WHERE id=? AND state='queued'"
         return bool(self._db.change(sql, self._clock(), job_id, durable=False))
 
-    def put_back(self, job_id: str, *, died: bool = False, alone: bool = False) -> bool:
+    def requeue(self, job_id: str, *, died: bool = False, alone: bool = False) -> bool:
         """in_progress -> queued, at its old place: its ranks are gone, or it has to make way. died: count a death of
         ranks during the job. alone: no other job ran at that time. Returns False if it is to be cancelled."""
         sql = (

@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     from shardit.engine.nodes.remote_rank import RemoteRank
 
 KEY = "shardit/supervisor"
-STORE_WAIT_S = 600.0
+STORE_TIMEOUT_S = 600.0
 """Longest wait for rank 0 to write, in seconds."""
-TRY_S = 2.0
-REACH_S = 60.0
+ATTEMPT_TIMEOUT_S = 2.0
+CONNECT_TIMEOUT_S = 60.0
 
-_kept: list[Any] = []  # without torchrun's own store rank 0 is its server, until the process ends
+_stores: list[Any] = []  # without torchrun's own store rank 0 is its server, until the process ends
 
 
-def be_rank(options: ServeOptions, rank_env: RankEnv, endpoint: Endpoint | None, agent: Channel) -> int:
+def run_rank(options: ServeOptions, rank_env: RankEnv, endpoint: Endpoint | None, agent: Channel) -> int:
     """In the forked process: find the supervisor, send its address to the agent, and work. endpoint: known on rank
     0."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it logs every optional package that is missing
@@ -44,14 +44,14 @@ def be_rank(options: ServeOptions, rank_env: RankEnv, endpoint: Endpoint | None,
     rank = RemoteRank(rank_env.rank, options.model, flags_of(options))
     if endpoint is not None:
         publish(endpoint)
-        rank.arrive(endpoint, REACH_S)
+        rank.arrive(endpoint, CONNECT_TIMEOUT_S)
     else:
         endpoint = find_supervisor(rank)
     agent.send(endpoint)
     return rank.work(rank_env.world_size, threads_per_rank(rank_env.local_size))
 
 
-def end_with(sock: socket.socket) -> None:
+def exit_with_agent(sock: socket.socket) -> None:
     """In the rank, if the kernel cannot do it: exit when the agent is gone."""
     with contextlib.suppress(OSError):
         sock.recv(1)
@@ -65,7 +65,7 @@ def publish(endpoint: Endpoint) -> None:
 
 def find_supervisor(rank: RemoteRank) -> Endpoint:
     """On other ranks: connect `rank` to the supervisor whose address is in the store. Raises RankError."""
-    store, deadline = _store(), time.monotonic() + STORE_WAIT_S
+    store, deadline = _store(), time.monotonic() + STORE_TIMEOUT_S
     while True:
         try:
             stored = json.loads(store.get(KEY))
@@ -74,7 +74,7 @@ def find_supervisor(rank: RemoteRank) -> Endpoint:
             raise RankError(rank.rank, f"rank 0 has not published the address of the supervisor ({text})") from None
         endpoint = Endpoint(tuple(stored["hosts"]), stored["port"], stored["token"])
         try:
-            rank.arrive(endpoint, TRY_S)
+            rank.arrive(endpoint, ATTEMPT_TIMEOUT_S)
             return endpoint
         except RankError:
             if time.monotonic() > deadline:
@@ -84,6 +84,6 @@ def find_supervisor(rank: RemoteRank) -> Endpoint:
 def _store() -> Any:
     from torch.distributed.rendezvous import rendezvous
 
-    store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=STORE_WAIT_S)))
-    _kept.append(store)
+    store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=STORE_TIMEOUT_S)))
+    _stores.append(store)
     return store

@@ -25,10 +25,9 @@ UNABLE = 77
 """Exit code of an API process that cannot be imported."""
 MAX_BACKLOG = 1000
 """Number of unread messages above which an API process gets no more steps."""
-CALM_S = 5.0
+STABLE_AFTER_S = 5.0
 """An API process that lived for so many seconds is restarted at once when it exits."""
-MAX_PAUSE_S = 10.0
-STOP_S = 2.0
+MAX_DELAY_S, STOP_TIMEOUT_S = 10.0, 2.0
 
 
 @dataclass(frozen=True)
@@ -88,10 +87,10 @@ class ApiProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Pipe | None = None
         self._heartbeat: Heartbeat | None = None
-        self._begun = 0.0
-        self._pause_s = 0.0
-        self._again = 0.0
-        self._leave_by = 0.0
+        self._started_at = 0.0
+        self._delay_s = 0.0
+        self._retry_at = 0.0
+        self._kill_at = 0.0
         self.unable = False
         """Whether the first process could not be imported: the user must change something."""
 
@@ -104,7 +103,7 @@ class ApiProcess:
         heartbeat = self._heartbeat = Heartbeat(lambda: pipe.send(Ping()))
         pipe = self._pipe = Pipe(api.channel, lambda message: self._received(heartbeat, message), lambda: None)
         pipe.send(self._options)
-        self._begun = time.monotonic()
+        self._started_at = time.monotonic()
         self._on_start()
 
     @property
@@ -117,7 +116,7 @@ class ApiProcess:
         if self._pipe is not None and not (isinstance(message, StepDone) and self._pipe.backlog > MAX_BACKLOG):
             self._pipe.send(message)
 
-    def look_after(self) -> None:
+    def check(self) -> None:
         """Start it again if it has exited, kill it if it hangs. One that exits repeatedly is started after a growing
         pause."""
         now = time.monotonic()
@@ -126,19 +125,21 @@ class ApiProcess:
             self._heartbeat = None
             self._process.kill()
         if self._process is not None and (code := self._process.poll()) is not None:
-            self._pause_s = 0.0 if now - self._begun > CALM_S else min(MAX_PAUSE_S, 2 * self._pause_s + 0.25)
+            self._delay_s = (
+                0.0 if now - self._started_at > STABLE_AFTER_S else min(MAX_DELAY_S, 2 * self._delay_s + 0.25)
+            )
             reason = describe_exit(code) if self._heartbeat is not None else "ended as it hung"
-            self._log.warning("api_process_ended", reason=reason, again_in_s=self._pause_s)
+            self._log.warning("api_process_ended", reason=reason, retry_in_s=self._delay_s)
             self.unable = code == UNABLE and self._process is self._first.process
-            self._process, self._again = None, now + self._pause_s
+            self._process, self._retry_at = None, now + self._delay_s
             if self._pipe is not None:
                 self._pipe.close()
-        if self._process is None and now >= self._again and not self.unable:
+        if self._process is None and now >= self._retry_at and not self.unable:
             try:
                 self._begin(start(self._listener))
             except OSError as error:  # no memory, no process numbers
-                self._again = now + MAX_PAUSE_S
-                self._log.error("api_process_not_started", reason=str(error), again_in_s=MAX_PAUSE_S)
+                self._retry_at = now + MAX_DELAY_S
+                self._log.error("api_process_not_started", reason=str(error), retry_in_s=MAX_DELAY_S)
 
     def _received(self, heartbeat: Heartbeat, message: Any) -> None:
         # In the thread that reads: an answer counts even if the loop is busy.
@@ -147,18 +148,18 @@ class ApiProcess:
         else:
             self._loop.call(self._on_message, message)
 
-    def leave(self) -> None:
+    def terminate(self) -> None:
         """Ask it to finish its answers and exit."""
         if self._process is not None:
-            self._leave_by = time.monotonic() + STOP_S
+            self._kill_at = time.monotonic() + STOP_TIMEOUT_S
             self._process.terminate()
 
     def stop(self) -> None:
-        """Wait until it has exited, after `leave`; kill it some seconds after that."""
+        """Wait until it has exited, after `terminate`; kill it some seconds after that."""
         if self._process is None:
             return
         try:
-            self._process.wait(max(0.0, self._leave_by - time.monotonic()))
+            self._process.wait(max(0.0, self._kill_at - time.monotonic()))
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

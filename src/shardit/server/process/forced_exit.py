@@ -8,15 +8,15 @@ import socket
 import threading
 from typing import Any
 
-END_S = 9.0
+EXIT_TIMEOUT_S = 9.0
 """Seconds from the signal to the forced exit: less than the ten seconds that are promised."""
-SAY_S = 0.2
+LOG_TIMEOUT_S = 0.2
 
 
 class ForcedExit:
-    """A thread that ends this process `END_S` after SIGTERM or Ctrl-C, even if the main thread is stuck (in a disk
-    access, a lock of the store, a log that nobody reads). The API process and the ranks end with it, and the next start
-    queues their jobs again.
+    """A thread that ends this process `EXIT_TIMEOUT_S` after SIGTERM or Ctrl-C, even if the main thread is stuck (in a
+    disk access, a lock of the store, a log that nobody reads). The API process and the ranks end with it, and the next
+    start queues their jobs again.
 
     Create it in the main thread, after that has set handlers for these signals: Python reports no others.
     """
@@ -38,17 +38,16 @@ class ForcedExit:
 
     def _watch(self) -> None:
         with self._reads:  # open to the end: Python prints an error for a signal that it cannot write
-            heard = self._reads.recv(1)
-            if not heard or self._over.wait(END_S):
+            signals = self._reads.recv(1)
+            if not signals or self._over.wait(EXIT_TIMEOUT_S):
                 return
-            self._end(heard[0])
+            self._end(signals[0])
 
     def _end(self, number: int) -> None:
-        say = threading.Thread(
-            target=self._log.error, args=("ended_by_force",), daemon=True
-        )  # the log may be stuck, too
-        say.start()
-        say.join(SAY_S)
+        # In a thread: the log may be stuck, too.
+        thread = threading.Thread(target=self._log.error, args=("forced_exit",), daemon=True)
+        thread.start()
+        thread.join(LOG_TIMEOUT_S)
         os._exit(exit_code(number))
 
 

@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 from shardit.engine.process.hangs import slowdown
 
-ASK_EVERY_S = 1.0
-GRACE_S = 10.0
+PROBE_INTERVAL_S = 1.0
+HANG_TIMEOUT_S = 10.0
 """Longest silence of an event loop, in seconds, that is not a hang; longer on a loaded machine (`slowdown`)."""
-START_S = 60.0
+START_TIMEOUT_S = 60.0
 """The same before the first answer: the process starts and imports."""
-MAX_STEP_S = 5.0
+MAX_COUNTED_S = 5.0
 """Upper limit of the silence counted between two checks, in seconds. If the supervisor itself has stood still (a
 suspended machine, a stuck disk), the process gets a chance to answer first."""
 MAX_SLOWDOWN = 6.0
@@ -20,26 +20,26 @@ MAX_SLOWDOWN = 6.0
 
 
 class Heartbeat:
-    """Calls `ask()` regularly; call `answered` from any thread when an answer arrives."""
+    """Calls `probe()` regularly; call `answered` from any thread when an answer arrives."""
 
-    def __init__(self, ask: Callable[[], None]):
-        self._ask = ask
-        self._waits = False
-        self._asked_at = -ASK_EVERY_S
-        self._looked_at = time.monotonic()
-        self._silence_s, self._grace_s = 0.0, START_S
+    def __init__(self, probe: Callable[[], None]):
+        self._probe = probe
+        self._waiting = False
+        self._probed_at = -PROBE_INTERVAL_S
+        self._checked_at = time.monotonic()
+        self._silence_s, self._limit_s = 0.0, START_TIMEOUT_S
 
     def answered(self) -> None:
         """Record an answer."""
-        self._waits, self._grace_s = False, GRACE_S
+        self._waiting, self._limit_s = False, HANG_TIMEOUT_S
 
     def hangs(self) -> bool:
         """Return whether it has been silent for too long. To be called a few times per second."""
         now = time.monotonic()
-        passed, self._looked_at = min(now - self._looked_at, MAX_STEP_S), now
-        if self._waits:
+        passed, self._checked_at = min(now - self._checked_at, MAX_COUNTED_S), now
+        if self._waiting:
             self._silence_s += passed
-        elif now - self._asked_at >= ASK_EVERY_S:
-            self._waits, self._asked_at, self._silence_s = True, now, 0.0
-            self._ask()
-        return self._waits and self._silence_s > self._grace_s * min(slowdown(), MAX_SLOWDOWN)
+        elif now - self._probed_at >= PROBE_INTERVAL_S:
+            self._waiting, self._probed_at, self._silence_s = True, now, 0.0
+            self._probe()
+        return self._waiting and self._silence_s > self._limit_s * min(slowdown(), MAX_SLOWDOWN)

@@ -32,20 +32,20 @@ class CostHistory:
         self._memory: dict[str, Any] | None = estimate.reset_failures(memory)
         self._saved = (self._speed, memory)
 
-    def at_rest(self, infos: Sequence[ModelInfo | LanguageInfo]) -> None:
+    def record_idle_memory(self, infos: Sequence[ModelInfo | LanguageInfo]) -> None:
         """Record the memory of loaded ranks at rest. The fullest counts."""
         tightest = max(infos, key=lambda one: one.held_bytes / one.limit_bytes if one.limit_bytes else 0.0)
-        self._see(MemorySample(0, tightest.held_bytes, tightest.limit_bytes))
+        self._record_sample(MemorySample(0, tightest.held_bytes, tightest.limit_bytes))
 
     def completed(self, work: Work, seconds: float, together: int, peak_bytes: int) -> None:
         """Record the seconds of a job, and the peak memory of the fullest rank while `together` pixels were in
         flight."""
         self._speed = estimate.learn_speed(self._speed, work, seconds)
-        self._see(MemorySample(together, peak_bytes))
+        self._record_sample(MemorySample(together, peak_bytes))
 
     def out_of_memory(self, together: int) -> None:
         """Record that so many pixels in flight ran out of memory."""
-        self._see(MemorySample(together, 0, out_of_memory=True))
+        self._record_sample(MemorySample(together, 0, out_of_memory=True))
 
     def fits(self, together: int) -> bool:
         """Return whether so many pixels may be in flight at once."""
@@ -63,5 +63,5 @@ class CostHistory:
             self._store.remember(estimate.MEMORY, self._memory)
             self._saved = now
 
-    def _see(self, seen: MemorySample) -> None:
+    def _record_sample(self, seen: MemorySample) -> None:
         self._memory = estimate.learn_memory(self._memory, seen)

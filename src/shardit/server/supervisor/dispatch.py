@@ -42,7 +42,7 @@ MAX_WRITING = 8
 
 
 class Dispatcher:
-    """Takes jobs from the store, assigns them to replicas, and ends them.
+    """Takes jobs from the store, assigns them to replicas, and finishes them.
 
     notify: sends a message to the API process. slots: number of jobs that one replica runs at the same time.
     """
@@ -64,7 +64,7 @@ class Dispatcher:
         self.cost_history = CostHistory(store, options)
         self.kind: PipelineJobs | TextJobs | None = None
         self.running: dict[int, RunningJob] = {}
-        self.ends = JobFinisher(store, loop, writers, notify, log, metrics)
+        self.finisher = JobFinisher(store, loop, writers, notify, log, metrics)
         self.prefetcher = Prefetcher(store, loop, then=self.fill)
         self.texts = Texts(metrics)
         self.peaks: dict[int, int] = {}
@@ -72,7 +72,7 @@ class Dispatcher:
         self._keys = itertools.count(1)
         self._most: dict[int, int] = {}  # by replica: pixels in flight at most, since it last had none
         self._replicas = options.config.data_parallel_size
-        self._together = rank_group.size // self._replicas
+        self._ranks_per_replica = rank_group.size // self._replicas
         self.silence_limit = SilenceLimit(options.step_timeout_s)
         self.hang_detector = HangDetector(
             rank_group,
@@ -88,18 +88,18 @@ class Dispatcher:
         self.kind = jobs_of_model(infos[0], self.prefetcher, self.texts)
         self.hang_detector.reset()
         self.silence_limit.cold = True
-        self.cost_history.at_rest(infos)
+        self.cost_history.record_idle_memory(infos)
         self.fill()
 
     def fill(self) -> None:
         """Begin jobs while there are free slots."""
-        with self.ends.tolerant():
+        with self.finisher.tolerant():
             while self._begin_next():
                 pass
 
     def wake(self) -> None:
         """Handle a change in the store: a new job, or one that is to be cancelled."""
-        with self.ends.tolerant():
+        with self.finisher.tolerant():
             wanted = set(self.store.to_cancel())
             for key, running in self.running.items():
                 if running.job.id in wanted and not running.cancelling:
@@ -110,7 +110,7 @@ class Dispatcher:
     def on_rank_message(self, rank: int, message: Any) -> None:
         """Handle a message of a rank about a job, or about its caches."""
         if isinstance(message, CacheUse):
-            self.metrics.caches(rank // self._together, message)
+            self.metrics.caches(rank // self._ranks_per_replica, message)
             return
         if isinstance(message, BatchStep):
             self._batch_step(message)
@@ -118,19 +118,19 @@ class Dispatcher:
         running = self.running.get(message.key)
         if running is None:
             return
-        self._heard_of(running.replica)
+        self._record_message(running.replica)
         if isinstance(message, Progress):
             self._progress(running, message)
         elif isinstance(message, OutOfMemory):
             running.used_up_memory = True
             if not isinstance(running.request, PromptGroup):
-                self.cost_history.out_of_memory(self._together_now(running.replica))
+                self.cost_history.out_of_memory(self._pixels_in_flight(running.replica))
             if running.jobs_at_start == len(self._in_flight(running.replica)) == 1:
                 self.running.pop(message.key)
                 text = self._too_large(running, message.reason)
-                self.ends.end(running.job, "failed", error=failure("out_of_memory", text))
+                self.finisher.end(running.job, "failed", error=failure("out_of_memory", text))
         else:
-            running.on_ranks.take(rank, message)
+            running.on_ranks.record(rank, message)
             if isinstance(message, RequestFinished):
                 self.peaks[rank] = message.peak_bytes or self.peaks.get(rank, 0)
                 self.metrics.rank(rank, message)
@@ -144,13 +144,13 @@ class Dispatcher:
         known = [(self.running[one.key], one) for one in step.of if one.key in self.running]
         if not known:
             return
-        self._heard_of(known[0][0].replica)
-        told = [self._tokens(running, one) for running, one in known]
-        self.notify(StepTokens(tuple(one for one in told if one is not None)))
+        self._record_message(known[0][0].replica)
+        tokens = [self._tokens(running, one) for running, one in known]
+        self.notify(StepTokens(tuple(one for one in tokens if one is not None)))
         if any(running.leaving for running, _ in known):
             self.fill()
 
-    def _heard_of(self, replica: int) -> None:
+    def _record_message(self, replica: int) -> None:
         silence = self.hang_detector.record_message(replica)
         for size in {one.size for one in self._in_flight(replica)}:
             self.silence_limit.record(size, silence)
@@ -163,36 +163,36 @@ class Dispatcher:
         for running in self.running.values():
             # Fewer texts at a time do not help as with images: the one that is too large has to be found.
             died = not why.memory or (running.used_up_memory and isinstance(running.request, PromptGroup))
-            self.ends.again_or_never(running.job, why.text, died=died and not running.ahead, alone=alone)
+            self.finisher.retry_or_fail(running.job, why.text, died=died and not running.ahead, alone=alone)
         self.running.clear()
 
-    def look_after(self) -> None:
+    def check(self) -> None:
         """Find unreported problems: hanging ranks, lost messages, a disk with free space again. To be called a few
         times per second."""
-        with self.ends.tolerant():
+        with self.finisher.tolerant():
             self.cost_history.save()
-        self.ends.write_again()
+        self.finisher.retry_writes()
         self.find_lost()
         self.wake()
-        self.hang_detector.look()
+        self.hang_detector.check()
 
     def find_lost(self) -> None:
         """Queue jobs again that are in progress but not on any rank: only a bug can have lost them."""
-        if not self.ends.all_written:
+        if not self.finisher.all_written:
             return  # their outcome is known
-        with self.ends.tolerant():
-            known = {running.job.id for running in self.running.values()} | self.ends.writing.keys()
+        with self.finisher.tolerant():
+            known = {running.job.id for running in self.running.values()} | self.finisher.writing.keys()
             for job in self.store.in_progress():
                 if job.id not in known:
                     self.log.error("job_lost", request_id=job.id)
                     reason = "internal error: the log of the server has the details"
-                    self.ends.again_or_never(job, reason, died=True, alone=not self.running)
+                    self.finisher.retry_or_fail(job, reason, died=True, alone=not self.running)
 
-    def put_all_back(self) -> None:
+    def requeue_all(self) -> None:
         """Queue running jobs again when the server stops, and begin no more."""
         self.kind = None
         for running in self.running.values():
-            self.ends.put_back(running.job)
+            self.finisher.requeue(running.job)
         self.running.clear()
 
     @property
@@ -209,7 +209,7 @@ class Dispatcher:
         return in_flight(self.running, replica)
 
     def _begin_next(self) -> bool:
-        if self.kind is None or self.rank_group.failing or len(self.ends.writing) >= MAX_WRITING:
+        if self.kind is None or self.rank_group.failing or len(self.finisher.writing) >= MAX_WRITING:
             return False
         job = next(iter(self.store.queued(1)), None)
         if job is None:
@@ -244,15 +244,15 @@ class Dispatcher:
         """Return whether the memory suffices for a job next to those that it will overlap with on the replica, in
         whatever order they finish. A job without others is tried in any case."""
         here = [running for running in self.running.values() if running.replica == replica]
-        ends = max(0, len(here) + 1 - self.slots)
-        gone = sorted(running.work.size for running in here if running.leaving)[:ends]
+        ending = max(0, len(here) + 1 - self.slots)
+        gone = sorted(running.work.size for running in here if running.leaving)[:ending]
         others = sum(running.work.size for running in here) - sum(gone)
         try:
             return others == 0 or self.cost_history.fits(others + self._work(job).size)
         except (ValueError, TypeError):
             return True  # `_begin` will report the error
 
-    def _together_now(self, replica: int) -> int:
+    def _pixels_in_flight(self, replica: int) -> int:
         return sum(running.work.size for running in self._in_flight(replica))
 
     def _work(self, job: Job) -> Work:
@@ -266,12 +266,12 @@ class Dispatcher:
             work = self._work(job)
         except Exception as error:  # accepted for another model, or its files are gone
             text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
-            self.ends.end(job, "failed", error=failure("invalid_request", text))
+            self.finisher.end(job, "failed", error=failure("invalid_request", text))
             return
         key = next(self._keys)
         count = len(self._in_flight(replica))
         ahead = count >= self.slots
-        ranks = range(replica * self._together, (replica + 1) * self._together)
+        ranks = range(replica * self._ranks_per_replica, (replica + 1) * self._ranks_per_replica)
         self.running[key] = RunningJob(job, request, InFlight(replica, ranks), count + (not ahead), work, ahead=ahead)
         if not ahead:
             self._enters(replica)
@@ -282,7 +282,7 @@ class Dispatcher:
     def _enters(self, replica: int) -> None:
         """Record that a job has got a slot."""
         first = len(self._in_flight(replica)) == 1
-        self._most[replica] = max(self._together_now(replica), 0 if first else self._most[replica])
+        self._most[replica] = max(self._pixels_in_flight(replica), 0 if first else self._most[replica])
         if first:
             self.hang_detector.begins(replica)
 
@@ -323,16 +323,16 @@ class Dispatcher:
         self._enters_next(running.replica)
         self.fill()  # the ranks continue while the result is written
         if first.cancelled:
-            self.ends.end(running.job, "cancelled")
+            self.finisher.end(running.job, "cancelled")
         elif error is not None:
-            self.ends.end(running.job, "failed", error=failure("generation_failed", error))
+            self.finisher.end(running.job, "failed", error=failure("generation_failed", error))
         elif isinstance(output, GroupOutput):
-            self.ends.end(running.job, "completed", details=stored_results(output))
+            self.finisher.end(running.job, "completed", details=stored_results(output))
             self.metrics.preemptions.inc(output.preemptions)
             self.silence_limit.completed(running.size)
         else:
             peaks = {rank: end.peak_bytes for rank, end in running.on_ranks.finished.items()}
-            self.ends.write(running.job, output, peaks, then=self.fill)
+            self.finisher.write(running.job, output, peaks, then=self.fill)
             self.silence_limit.completed(running.size)
             self.metrics.phases(running)
             self.cost_history.completed(running.work, time.monotonic() - running.begun, together, max(peaks.values()))

@@ -19,7 +19,7 @@ from shardit.server.supervisor.result_files import write_results
 
 MAX_DEATHS_ALONE = 3
 """Number of deaths of ranks while a job runs alone, after which the job fails."""
-SAY_AGAIN_S = 10.0
+LOG_INTERVAL_S = 10.0
 
 
 class JobFinisher:
@@ -33,7 +33,7 @@ class JobFinisher:
         self.writing: dict[str, Future[Any]] = {}
         """By job id: results being written."""
         self._unwritten: list[Callable[[], None]] = []
-        self._said_at = -SAY_AGAIN_S
+        self._logged_at = -LOG_INTERVAL_S
 
     @property
     def all_written(self) -> bool:
@@ -84,27 +84,27 @@ class JobFinisher:
 
         self.safely(write)
 
-    def put_back(self, job: Job, *, died: bool = False, alone: bool = False) -> None:
-        """Queue a job again, see `Store.put_back`; one that is to be cancelled ends."""
+    def requeue(self, job: Job, *, died: bool = False, alone: bool = False) -> None:
+        """Queue a job again, see `Store.requeue`; one that is to be cancelled ends."""
 
         def back() -> None:
-            if self._store.put_back(job.id, died=died, alone=alone):
+            if self._store.requeue(job.id, died=died, alone=alone):
                 self._notify(Changed(job.id))
             else:
                 self.end(job, "cancelled")
 
         self.safely(back)
 
-    def again_or_never(self, job: Job, reason: str, *, died: bool, alone: bool) -> None:
+    def retry_or_fail(self, job: Job, reason: str, *, died: bool, alone: bool) -> None:
         """Queue a job again after the loss of its ranks, unless they have died too often while it ran alone."""
         if died and alone and job.deaths_alone + 1 >= MAX_DEATHS_ALONE:
             last = reason.splitlines()[0]
             text = f"the ranks died {MAX_DEATHS_ALONE} times while this job ran alone; the last time: {last}"
             self.end(job, "failed", error=failure("ranks_died", text))
         else:
-            self.put_back(job, died=died, alone=alone)
+            self.requeue(job, died=died, alone=alone)
 
-    def write_again(self) -> None:
+    def retry_writes(self) -> None:
         """Retry failed writes."""
         tasks, self._unwritten = self._unwritten, []
         for task in tasks:
@@ -125,8 +125,8 @@ class JobFinisher:
         try:
             yield
         except (sqlite3.Error, OSError) as error:
-            if time.monotonic() - self._said_at >= SAY_AGAIN_S:
-                self._said_at = time.monotonic()
+            if time.monotonic() - self._logged_at >= LOG_INTERVAL_S:
+                self._logged_at = time.monotonic()
                 self._log.error("store_failed", error=str(error))
 
 

@@ -13,17 +13,17 @@ SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 """Suffixes of result files, by OpenAI's names of their formats."""
 
 
-def write_results(output: Output, folder: Path, look: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
+def write_results(output: Output, folder: Path, encoding: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
     """Write the main content of the output into a folder; returns the names of the files, and details to store with the
-    job. `look` may have "output_format" (png by default) and "output_compression" (quality from 0 to 100) of images.
+    job. `encoding` may have "output_format" (png by default) and "output_compression" (0 to 100) of images.
 
     Files appear complete or not at all. Raises InputError if they cannot be written (disk full, read-only).
     """
     output, lost = savable(output)
     kind = output.kinds[0] if output.kinds else "image"
-    suffix = SUFFIXES[look.get("output_format", "png")] if kind == "image" else BY_KIND[kind][0]
+    suffix = SUFFIXES[encoding.get("output_format", "png")] if kind == "image" else BY_KIND[kind][0]
     target = folder / f"output{suffix}"
-    written = output.save(target, quality=look.get("output_compression"))
+    written = output.save(target, quality=encoding.get("output_compression"))
     notes = [*output.notes, *lost, *(f"not in the file: {name}" for name in output.left_out(target))]
     details: dict[str, Any] = {"seconds": output.seconds, "notes": notes}
     images = output.frames[0] if output.frames else output.pictures()

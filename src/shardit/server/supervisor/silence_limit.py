@@ -23,7 +23,7 @@ class SilenceLimit:
         """Whether nothing has completed since the ranks started: their first steps load kernels and connect."""
 
     def record(self, size: Size, silence_s: float) -> None:
-        """Record a silence during jobs of this size that ended by itself."""
+        """Record a silence during jobs of this size that ended on its own."""
         self._slowest[size] = max(self._slowest.pop(size, 0.0), silence_s)
         if len(self._slowest) > MAX_SIZES:
             oldest = next(iter(self._slowest))

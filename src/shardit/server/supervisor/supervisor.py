@@ -33,13 +33,13 @@ from shardit.server.supervisor.silence_limit import TIMES_SLOWEST
 LOAD_TIMEOUT_S = 3600.0
 _MODEL = "model"
 """Name in the store for the model of its jobs."""
-MAX_PAUSE_S = 30.0
+MAX_DELAY_S = 30.0
 MAX_FIRST_STARTS = 5
 """Starts of ranks that have never been up, before the server gives up; later on it keeps trying."""
-STOP_S = 7.0
-LATER_S = 15.0
+STOP_TIMEOUT_S = 7.0
+RANK_TIMEOUT_MARGIN_S = 15.0
 """Extra seconds before ranks give up on each other, later than the supervisor, which can report more of the cause."""
-RETAIN_EVERY_S = 60.0
+RETENTION_INTERVAL_S = 60.0
 RETAIN_AT_MOST = 20
 """Number of jobs deleted at a time: files are removed in the loop, which must not block."""
 
@@ -82,7 +82,7 @@ class Supervisor:
         self._started = time.monotonic()
         self._was_up = False
         self._failed_starts = 0
-        self._pause_s = 0.0
+        self._delay_s = 0.0
         self._start_ranks_at: float | None = None
         self._retain_at = 0.0
         self._api_starts = 0
@@ -137,11 +137,11 @@ class Supervisor:
 
     def tick(self) -> None:
         """Check for unreported events."""
-        self.api.look_after()
+        self.api.check()
         if self.api.unable:
             self.error = InputError("the server cannot start: a package is missing or broken, see the line before")
             self.loop.stop()
-        self.jobs.look_after()
+        self.jobs.check()
         if self._of_ranks() != self.state.ranks:
             self._set(self.state.state, reason=self.state.reason)
         now = time.monotonic()
@@ -152,14 +152,14 @@ class Supervisor:
             self._start_ranks_at = None
             self.rank_group.bring_up()
         if now >= self._retain_at:
-            self._retain_at = now + RETAIN_EVERY_S
+            self._retain_at = now + RETENTION_INTERVAL_S
             gone = self.store.retain(self.options.keep_days * 86400, self.options.keep_bytes, RETAIN_AT_MOST)
             if len(gone) == RETAIN_AT_MOST:
                 self._retain_at = now
 
     def on_up(self, infos: list[Any]) -> None:
         """Handle ranks that have loaded."""
-        self._was_up, self._pause_s = True, 0.0
+        self._was_up, self._delay_s = True, 0.0
         self.log.info("ranks_ready", seconds=round(time.monotonic() - self._started, 3))
         self._set("ready", info=infos[0])
         self.jobs.ready(infos)
@@ -178,9 +178,9 @@ class Supervisor:
         self._started = time.monotonic()
         self._set("restarting", reason=down.text.splitlines()[0], restarts=self.state.restarts + 1)
         self.jobs.down(down)
-        self._pause_s = 0.0 if came_up else min(MAX_PAUSE_S, 2 * self._pause_s + 1.0)
-        self._start_ranks_at = time.monotonic() + self._pause_s
-        if not self._pause_s:
+        self._delay_s = 0.0 if came_up else min(MAX_DELAY_S, 2 * self._delay_s + 1.0)
+        self._start_ranks_at = time.monotonic() + self._delay_s
+        if not self._delay_s:
             self.tick()
 
     def on_rank_message(self, rank: int, message: Any) -> None:
@@ -226,16 +226,16 @@ class Supervisor:
 
     def end(self) -> None:
         """Stop all processes, within ten seconds. Part of this time is left for results that are being written."""
-        deadline = time.monotonic() + STOP_S
-        self.api.leave()
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        self.api.terminate()
         self.rank_group.stop(0 if self.asked_to_stop else 2 if isinstance(self.error, InputError) else 1)
         self.api.stop()  # before a write to the store, which a stopped process may have locked
-        self.jobs.put_all_back()
-        while self.jobs.ends.writing and time.monotonic() < deadline:
+        self.jobs.requeue_all()
+        while self.jobs.finisher.writing and time.monotonic() < deadline:
             self.loop.step(0.1)
         self.writers.shutdown(wait=False, cancel_futures=True)
         self.store.close()
-        if writing := self.jobs.ends.writing:  # Python would wait for these threads; their jobs run again
+        if writing := self.jobs.finisher.writing:  # Python would wait for these threads; their jobs run again
             self.log.warning("results_not_written", jobs=list(writing))
             os._exit(self.code)
 
@@ -260,7 +260,7 @@ def spec_of(options: ServeOptions, slots: int, session: str) -> SessionSpec:
         dtype=options.dtype,
         device=options.device,
         max_in_flight=options.config.pipeline_parallel_size if options.of_language else slots,
-        timeout_s=TIMES_SLOWEST * options.step_timeout_s + LATER_S,  # the decision of `HangDetector` comes first
+        timeout_s=TIMES_SLOWEST * options.step_timeout_s + RANK_TIMEOUT_MARGIN_S,  # `HangDetector` decides first
         task=options.task,
         session=session,
         attention_backend=options.attention_backend,

@@ -38,7 +38,7 @@ def _items(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
             kinds["is new"].append(name)
         elif before[name] != now[name]:
             kinds[_change(before[name].split(" ", 2), now[name].split(" ", 2))].append(name)
-    return [_said(names, kind) for kind, names in kinds.items() if names]
+    return [_difference_text(names, kind) for kind, names in kinds.items() if names]
 
 
 def _change(before: Sequence[str], now: Sequence[str]) -> str:
@@ -46,7 +46,7 @@ def _change(before: Sequence[str], now: Sequence[str]) -> str:
     return f"has changed its {changed[0]}" if len(changed) == 1 else "is another"
 
 
-def _said(names: list[str], kind: str) -> str:
+def _difference_text(names: list[str], kind: str) -> str:
     if len(names) == 1:
         return f"{names[0]} {kind}"
     several = kind.replace("has ", "have ").replace("is ", "are ").replace("its", "their").replace("another", "others")

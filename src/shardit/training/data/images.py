@@ -98,7 +98,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return narrow
 
 
-def _mend_transparency(image: Image.Image) -> None:
+def _scale_transparency(image: Image.Image) -> None:
     """Bring the colour that an opened file declares as transparent to 8 bits: PIL does so with its pixels alone, and
     then none has that colour."""
     key = image.info.get("transparency")
@@ -145,7 +145,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         with warnings.catch_warnings():  # of large sizes and broken EXIF data; what PIL refuses is an error
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
-                _mend_transparency(image)
+                _scale_transparency(image)
                 yield image
     # PIL's decoders raise nearly anything on damaged data: SyntaxError, struct.error, EOFError, ValueError, ...
     except Exception as error:

@@ -24,7 +24,7 @@ class Item:
     """An image or a clip with its caption."""
 
     name: str
-    """Tells it from all others: its path in the data, alike on each machine."""
+    """Identifies it: its path in the data, alike on each machine."""
     media: Media
     caption: str
 

@@ -23,7 +23,7 @@ COLOURS = {
     "white": (242, 242, 242),
     "black": (20, 20, 20),
 }
-"""Colours of shapes and grounds, far enough apart to be told from each other after a lossy decoder."""
+"""Colours of shapes and grounds, far enough apart to be distinguishable after a lossy decoder."""
 
 OUTLINES = ("circle", "square", "triangle")
 

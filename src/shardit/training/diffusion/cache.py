@@ -152,7 +152,7 @@ class SampleCache:
         except RankError:
             raise
         except Exception as error:
-            return str(error) if isinstance(error, InputError) else _told(entry, error)
+            return str(error) if isinstance(error, InputError) else _error_text(entry, error)
         return None
 
 
@@ -176,7 +176,7 @@ def _shown(entries: list[Entry], leads: bool) -> Iterator[Entry]:
             print(f"{kind}: {number} of {count} encoded", file=sys.stderr, flush=True)
 
 
-def _told(entry: Entry, error: Exception) -> str:
+def _error_text(entry: Entry, error: Exception) -> str:
     return f"{entry.kind} of {entry.name} cannot be made ({type(error).__name__}: {first_line(error)})"
 
 

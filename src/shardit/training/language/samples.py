@@ -26,7 +26,7 @@ def continuation(
     """Return the tokens that a model takes for the likeliest after `ids`, up to an end token, which is one of them.
 
     room: the most tokens that the model takes. Collective over the stages. There is no cache; calls have few lengths,
-    so most take a known course.
+    so most follow a known plan.
     """
     device = next(one.device for one in model.parameters() if not one.is_meta)
     forward: Any = model

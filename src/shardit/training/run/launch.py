@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from shardit.engine.joined_ranks import check_world_size, naming_rank
+from shardit.engine.joined_ranks import check_world_size, errors_with_rank
 from shardit.engine.process.channel import send_all
 from shardit.engine.process.exit_code import INTERRUPTED
 from shardit.engine.process.failure import Failure, Timeouts
@@ -20,11 +20,11 @@ from shardit.engine.process.placement import LocalPlacement
 from shardit.engine.process.rank_group import RankGroup
 from shardit.training.run.messages import Began, Ended, Stop, TrainSpec
 
-LOOK_EVERY_S = 0.2
-GRACE_S = 5.0
+POLL_INTERVAL_S = 0.2
+STOP_GRACE_S = 5.0
 """Grace period of ranks at the end of a run, or after a request to end."""
 
-ONE_SIGNAL_S = 2.0
+SIGNAL_WINDOW_S = 2.0
 """Time in which several signals are one."""
 
 
@@ -40,15 +40,15 @@ class LocalRun:
         self._failure: Failure | None = None
         self._began, self._asked = False, 0
         self._ended: dict[int, Ended] = {}
-        self._loop = Loop(lambda: None, LOOK_EVERY_S)
+        self._loop = Loop(lambda: None, POLL_INTERVAL_S)
         self.placement = LocalPlacement(spec.timeout_s)
         self.group = RankGroup(
             spec,
             self.placement,
             self._loop,
             on_up=lambda _: None,
-            on_down=self._down,
-            on_message=self._take,
+            on_down=self._on_down,
+            on_message=self._on_message,
             timeouts=timeouts or Timeouts(),
         )
 
@@ -60,19 +60,19 @@ class LocalRun:
                 self._loop.run(lambda: self._failure is not None or len(self._ended) == self.group.size)
             if self._failure is not None:
                 raise self._failure.error()
-            self.group.leave()
-            self.placement.kill(GRACE_S)
+            self.group.disconnect()
+            self.placement.kill(STOP_GRACE_S)
             return self._ended[0].early
         finally:
             self.group.stop()
 
-    def _take(self, rank: int, message: Any) -> None:
+    def _on_message(self, rank: int, message: Any) -> None:
         if isinstance(message, Began):
             self._began = True
         elif isinstance(message, Ended):
             self._ended[rank] = message
 
-    def _down(self, failure: Failure) -> None:
+    def _on_down(self, failure: Failure) -> None:
         self._failure = failure
 
     def _stop(self) -> None:
@@ -80,7 +80,7 @@ class LocalRun:
         self._asked += 1
         if self._asked > 1 or not self._began:
             raise KeyboardInterrupt
-        say("stopping after the present step, with a checkpoint; press Ctrl-C again to stop at once")
+        print_line("stopping after the present step, with a checkpoint; press Ctrl-C again to stop at once")
         send_all(self.group.pipes(range(self.group.size)), Stop())
 
 
@@ -90,7 +90,7 @@ def run_joined(spec: TrainSpec) -> bool:
 
     check_world_size(spec.config.world_size)
     rank, asked = int(os.environ["RANK"]), StopRequest()
-    with handled(asked.signal), naming_rank(rank):
+    with handled(asked.signal), errors_with_rank(rank):
         session = open_session(spec, rank=rank, world_size=spec.config.world_size, init_method="env://")
         early = session.run(asked.is_set, asked.begin)
         session.close()
@@ -114,17 +114,17 @@ class StopRequest:
     def signal(self, number: int) -> None:
         """Take a signal. Ctrl-C arrives from the terminal and from torchrun, at nearly the same time."""
         now = time.monotonic()
-        if not self._began or (self._since is not None and now - self._since > ONE_SIGNAL_S):
+        if not self._began or (self._since is not None and now - self._since > SIGNAL_WINDOW_S):
             raise KeyboardInterrupt
         if self._since is None and number == signal.SIGTERM:
             # torchrun sends it also if another rank has died, for which this one would wait.
-            end = threading.Timer(GRACE_S, os._exit, (INTERRUPTED,))
+            end = threading.Timer(STOP_GRACE_S, os._exit, (INTERRUPTED,))
             end.daemon = True
             end.start()
         self._since = self._since or now
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     """Print a line on standard error."""
     print(text, file=sys.stderr, flush=True)
 

@@ -36,9 +36,9 @@ class Report:
 
     def note(self, text: str) -> None:
         """Print a note."""
-        self.say(f"note: {text}")
+        self.print_line(f"note: {text}")
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """Print a line on standard output, above the bar."""
         if not self._leads:
             return

@@ -119,7 +119,7 @@ class Run:
                         if self.saved is None
                         else (f"the run stopped after step {self.done}; --resume goes on after step {self.saved}")
                     )
-                    self.report.say(at)
+                    self.report.print_line(at)
                     return True
                 self._step(shares)
             self._save_checkpoint()
@@ -138,11 +138,11 @@ class Run:
         row: dict[str, Any] = {"step": self.done, **found, "seconds": round(seconds, 4), "samples": shares.samples}
         if self.recipe.unit == "tokens":
             row["tokens"] = shares.weight
-        self.report.row({**row, **self._look(), "items": names})
+        self.report.row({**row, **self._evaluate(), "items": names})
         if self.settings.save_every and self.done % self.settings.save_every == 0:
             self._save_checkpoint()
 
-    def _look(self) -> dict[str, Any]:
+    def _evaluate(self) -> dict[str, Any]:
         """Compute the loss on held-out data and make samples, if this step has any."""
         chosen, models, found = self.settings, self.trained.models, {}
         if chosen.validate_every and self.held_out and self.done % chosen.validate_every == 0:
@@ -153,7 +153,7 @@ class Run:
             gather = self.world.gather_objects
             files, problem = samples(self.recipe, models, self.mesh, chosen.seed, folder, gather)
             for file in files:
-                self.report.say(str(file))
+                self.report.print_line(str(file))
             if problem is not None:
                 self.report.note(f"no samples of step {self.done}: {problem}")
         return found
@@ -182,7 +182,7 @@ class Run:
             raise RankError(self.mesh.rank, f"the result cannot be written: {error}") from error
         if self.start is not None and self.trained.average is None and self.world.is_first_rank:
             self._remove_average(self.output / AVERAGE)
-        self.report.say(f"{steps} steps in {seconds:.1f} s; the result is in {self.output}")
+        self.report.print_line(f"{steps} steps in {seconds:.1f} s; the result is in {self.output}")
 
     def _remove_average(self, folder: Path) -> None:
         """Remove the average of the run that this one went on with: it is of fewer steps than the result."""

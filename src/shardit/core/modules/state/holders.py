@@ -46,19 +46,19 @@ PLAIN = (
 Entries = dict[Any, Any]
 
 
-def home(thing: Any) -> str:
+def origin(thing: Any) -> str:
     """Return the package in which a class was defined."""
     return (getattr(thing, "__module__", None) or "").partition(".")[0]
 
 
-def _home_of(function: FunctionType) -> str:
+def _function_origin(function: FunctionType) -> str:
     """Return the package in which a function was defined, ignoring the function that it wraps."""
     return str(function.__globals__.get("__name__", "")).partition(".")[0]
 
 
 def of_library(value: Any) -> bool:
     """Return whether a value is an object of an installed model library."""
-    package = home(type(value))
+    package = origin(type(value))
     return package not in _NO_CLASSES and _installed(package)
 
 
@@ -75,14 +75,14 @@ def is_holder(value: Any) -> bool:
     if isinstance(value, (*COLLECTIONS, nn.Module)):
         return True
     if isinstance(value, type):
-        return home(value) not in _NO_CLASSES or hasattr(value, SWAPPED)
+        return origin(value) not in _NO_CLASSES or hasattr(value, SWAPPED)
     if isinstance(value, FunctionType):
-        return _home_of(value) not in LIBRARIES
+        return _function_origin(value) not in LIBRARIES
     if isinstance(value, (*PLAIN, *FIXED, *FUNCTIONS, torch.Tensor)):
         return False
     if isinstance(value, GeneratorType):
         return True
-    return home(type(value)) not in LIBRARIES | VALUES and (hasattr(value, "__dict__") or any(_slots(type(value))))
+    return origin(type(value)) not in LIBRARIES | VALUES and (hasattr(value, "__dict__") or any(_slots(type(value))))
 
 
 def entries(holder: Any) -> Entries:
@@ -112,7 +112,7 @@ def _attributes(holder: Any) -> Entries:
 
 
 def _slots(cls: type) -> Iterator[str]:
-    for one in cls.__mro__ if home(cls) not in LIBRARIES else ():
+    for one in cls.__mro__ if origin(cls) not in LIBRARIES else ():
         names = vars(one).get("__slots__", ())
         for name in (names,) if isinstance(names, str) else names:
             if not name.startswith("__"):
@@ -142,7 +142,7 @@ def _cells(function: FunctionType) -> dict[str, CellType]:
 
 def _globals_of(function: FunctionType) -> Iterator[str]:
     """Yield the module globals that a user's function names, including those that its nested functions name."""
-    if _installed(_home_of(function)):
+    if _installed(_function_origin(function)):
         return
     codes = [function.__code__]
     for code in codes:
@@ -166,7 +166,7 @@ def code_of(holder: Any) -> Iterator[tuple[Any, Any]]:
         yield ("item", ""), vars(holder).get("__wrapped__")
     elif not isinstance(holder, type):
         yield ("item", ""), type(holder)
-    elif not _installed(home(holder)):
+    elif not _installed(origin(holder)):
         yield from ((("item", ""), one) for one in (*holder.__bases__, *vars(holder).values()))
 
 

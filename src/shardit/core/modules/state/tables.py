@@ -1,4 +1,4 @@
-"""Tensors that each call sets anew in modules, such as tables of rotary embeddings. They are no state if a call sets
+"""Tensors that each call sets again in modules, such as tables of rotary embeddings. They are no state if a call sets
 them before it reads them."""
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ class GradientSums:
         self._send(bucket for bucket in self._buckets if bucket.used and bucket.sent is None)
         for bucket in self._buckets:
             if bucket.sent is not None:
-                self._take(bucket, found)
+                self._store_sum(bucket, found)
         self._known[self._micro_batches] = self._added
 
     def _add(self, parameter: nn.Parameter) -> None:
@@ -114,7 +114,7 @@ class GradientSums:
                     part.copy_(parameter.grad.reshape(-1))
             bucket.sent = flat, self.group.start_all_reduce(flat)
 
-    def _take(self, bucket: _Bucket, found: dict[nn.Parameter, bool]) -> None:
+    def _store_sum(self, bucket: _Bucket, found: dict[nn.Parameter, bool]) -> None:
         assert bucket.sent is not None
         flat, work = bucket.sent
         self.group.wait([work], "all_reduce")

@@ -27,13 +27,13 @@ from shardit.core.runtime.flat_call import FlatCall
 from shardit.core.runtime.microbatch import CLOSE
 from shardit.core.runtime.pending import materialize
 from shardit.core.runtime.randomness import generators_kept
-from shardit.core.runtime.yielding import undisturbed
+from shardit.core.runtime.yielding import without_yielding
 from shardit.core.stages.stages import TransformerStages
 from shardit.errors import InputError, RankError, UnsupportedError
 from shardit.parallel.attention.block_attention import DONE, FAILED, exchange_state
-from shardit.parallel.attention.hook import attention_goes_to
+from shardit.parallel.attention.hook import intercept_attention
 from shardit.parallel.attention.sequence_attention import SequenceAttention
-from shardit.parallel.compare import disturbed, same, same_left
+from shardit.parallel.compare import perturbed, same, same_left
 from shardit.parallel.sequence.declared.attention_steps import Seen, Step
 from shardit.parallel.sequence.declared.module_hooks import call_module
 from shardit.parallel.sequence.declared.passes import Pass, PassMismatch, ReferencePass, ShardedPass
@@ -124,7 +124,7 @@ class PlannedSequence:
     def _run(self, how: Pass, call: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         token = _running.set(RunningForward(self, how))
         try:
-            with torch.no_grad(), attention_goes_to(how):
+            with torch.no_grad(), intercept_attention(how):
                 out = call(*args, **kwargs) if self._own is None else call_module(how, self._own, call, args, kwargs)
                 materialize(out)
             if isinstance(how, ShardedPass):
@@ -139,13 +139,13 @@ class PlannedSequence:
         """Learn the steps of a call, from its arguments with noise if the model takes those: in a user's arguments, a
         mask may hide nothing and tokens may be equal."""
         leaves, spec = tree_flatten((args, kwargs))
-        with undisturbed():  # random states restored below must not leak into another request's turn
+        with without_yielding():  # random states restored below must not leak into another request's turn
             self._learn_from(key, call, leaves, spec, noise)
 
     def _learn_from(self, key: Any, call: Forward, leaves: list[Any], spec: Any, noise: bool) -> None:
         kept = state_of(self.model)
         with self._untraced() as run:
-            given, expected = disturbed(leaves) if noise else leaves, None
+            given, expected = perturbed(leaves) if noise else leaves, None
             try:
                 expected = self._whole(run, call, given, spec, kept)
             except (RankError, MemoryError, torch.OutOfMemoryError):

@@ -30,7 +30,7 @@ from shardit.core.runtime.randomness import generators_kept
 from shardit.core.stages.stages import TransformerStages
 from shardit.errors import RankError, UnsupportedError
 from shardit.parallel.attention.block_attention import BlockAttention, in_step
-from shardit.parallel.attention.hook import attention_goes_to
+from shardit.parallel.attention.hook import intercept_attention
 from shardit.parallel.attention.sequence_attention import SequenceAttention
 from shardit.parallel.block_signature import fingerprint, value_key
 from shardit.parallel.sequence.found.block_step import MAX_STEPS, BlockStep
@@ -42,7 +42,7 @@ from shardit.parallel.sequence.partitioned.run import (
     PartitionedBlock,
     PartitionedCall,
     PartitionedRows,
-    operations_go_to,
+    intercept_operations,
     rows_by_module,
 )
 from shardit.parallel.sequence.partitioned.search import WORTH, describe, find_partition
@@ -144,7 +144,7 @@ class SequenceParallel:
             return call()
         run = BlockAttention(self.attention, list(step.plan.sharded), step.layouts)
         if step.layouts is not None:
-            with attention_goes_to(run):
+            with intercept_attention(run):
                 return call()
         out = in_step(run, call, self._title(index), REMEDY)
         if not step.plan.by_values:
@@ -161,7 +161,7 @@ class SequenceParallel:
             known = self._rows[index] = step.partitioned, rows_by_module(self.blocks[index][1], step.partitioned)
         flow.in_block = True
         try:
-            with operations_go_to(PartitionedCall(self.attention.sp, known[1])):
+            with intercept_operations(PartitionedCall(self.attention.sp, known[1])):
                 return call()
         finally:
             flow.in_block = False

@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from shardit.core.plans.trace import HostReads
 from shardit.errors import RankError, UnsupportedError
 from shardit.parallel.attention.block_attention import DONE, FAILED, BlockAttention, OutOfStep, agree, exchange_state
-from shardit.parallel.attention.hook import attention_goes_to
+from shardit.parallel.attention.hook import intercept_attention
 from shardit.parallel.attention.sequence_attention import NotInRing, SequenceAttention
-from shardit.parallel.compare import close, disturbed, same, same_left
+from shardit.parallel.compare import close, perturbed, same, same_left
 from shardit.parallel.dataflow import Dataflow
 from shardit.parallel.sequence.multiplications import Multiplications
 from shardit.parallel.sequence.shards.lazy import gather
@@ -70,7 +70,7 @@ def find_plan(
     Returns None if the streams are shorter than the number of ranks, so that every rank runs the block whole. Raises
     UnsupportedError if no candidate gives the result of the whole block, or the block writes to its arguments.
     """
-    cases = [_WholeCall.of(name, call, *given, spec) for given in ((disturbed(leaves), True), (leaves, False))]
+    cases = [_WholeCall.of(name, call, *given, spec) for given in ((perturbed(leaves), True), (leaves, False))]
     shapes = shapes_of(leaves)
     found = candidates(shapes, shapes_of(cases[0].expected))
     if found and max(found[0].totals(shapes)) < attention.sp.size:
@@ -157,7 +157,7 @@ class _Attempt:
         code = FAILED
         assert block.dataflow is not None
         try:
-            with attention_goes_to(block), HostReads(block.dataflow.decides), block.dataflow, count:
+            with intercept_attention(block), HostReads(block.dataflow.decides), block.dataflow, count:
                 out, left = _call(call, shards, spec)
             outs, out_spec = tree_flatten(out)
             if not same_left(self.case.left, left):

@@ -34,7 +34,7 @@ _derived: Subclasses = {}
 
 
 @contextmanager
-def modules_go_to(handler: ModuleHandler) -> Iterator[None]:
+def intercept_modules(handler: ModuleHandler) -> Iterator[None]:
     """Send calls of intercepted modules in this context to `handler`."""
     token = _handler.set(handler)
     try:

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from shardit.core.comm.collectives import Collectives, even_sizes
 from shardit.core.modules.patching import plain_class
 from shardit.errors import UnsupportedError
-from shardit.parallel.attention.hook import attention_goes_to
+from shardit.parallel.attention.hook import intercept_attention
 from shardit.parallel.attention.sequence_attention import Call
-from shardit.parallel.sequence.partitioned.modules import Arguments, modules_go_to
+from shardit.parallel.sequence.partitioned.modules import Arguments, intercept_modules
 from shardit.parallel.sequence.partitioned.sums import Sums, summed
 
 CHANNELS = -1
@@ -132,9 +132,9 @@ class PartitionedCall:
 
 
 @contextmanager
-def operations_go_to(run: Any) -> Iterator[None]:
+def intercept_operations(run: Any) -> Iterator[None]:
     """Send the calls of modules and of attention in this context to a run."""
-    with attention_goes_to(run), modules_go_to(run):
+    with intercept_attention(run), intercept_modules(run):
         yield
 
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only, tree_unflatten
 from shardit.errors import RankError
 from shardit.parallel.attention.block_attention import DONE, FAILED, exchange_state
 from shardit.parallel.attention.sequence_attention import Call, SequenceAttention
-from shardit.parallel.compare import close, disturbed
+from shardit.parallel.compare import close, perturbed
 from shardit.parallel.sequence.multiplications import Multiplications
 from shardit.parallel.sequence.partitioned.modules import Arguments
 from shardit.parallel.sequence.partitioned.run import (
@@ -26,7 +26,7 @@ from shardit.parallel.sequence.partitioned.run import (
     PartitionedCall,
     Rows,
     attention_share,
-    operations_go_to,
+    intercept_operations,
     rows_by_module,
 )
 from shardit.parallel.sequence.partitioned.trial import ModuleTrial
@@ -106,7 +106,7 @@ def find_partition(
     """Find the operations of a block call with these (whole) argument leaves that are partitioned. Collective over
     "sp". `call`: see `find_plan`. Returns None if the ranks together do not give what the block does."""
     # With noise, masks that hide nothing show; without it, flags that are numbers do, such as zeros for "no picture".
-    cases = [_Case(attention, block, call, given, spec) for given in (disturbed(leaves), leaves)]
+    cases = [_Case(attention, block, call, given, spec) for given in (perturbed(leaves), leaves)]
     failed: frozenset[str] = frozenset()
     # At last without modules of several tensors: whole attention may keep a map of its call, of the rank's rows alone.
     for case, several in ((cases[0], True), (cases[1], True), (cases[1], False)):
@@ -134,7 +134,7 @@ class _Case:
 
     def _run(self, how: Any) -> Any:
         args, kwargs = tree_unflatten(tree_map_only(torch.Tensor, torch.clone, self._leaves), self._spec)
-        with nullcontext() if how is None else operations_go_to(how):
+        with nullcontext() if how is None else intercept_operations(how):
             return self._call(*args, **kwargs)
 
     def observed(self, failed: frozenset[str], several: bool) -> tuple[PartitionedBlock | None, frozenset[str]]:

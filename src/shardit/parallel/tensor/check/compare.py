@@ -21,14 +21,14 @@ from shardit.core.runtime.randomness import States, is_generator, moved, set_sta
 from shardit.errors import RankError
 from shardit.parallel.tensor.plan import TensorPlan
 from shardit.parallel.tensor.rules import HEAD_COUNTS
-from shardit.parallel.tensor.whole import whole_for_now
+from shardit.parallel.tensor.whole import temporarily_whole
 
 CLOSE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1.6e-2}
 """Largest relative L2 difference between the result on slices and the whole result. Wrong heads give 0.1 and more, sums
 in another order 1e-6 in float32. Many models compute norms in float32 whatever their type, so float64 is not 1e-12."""
 
 
-class _Elsewhere(Exception):
+class _FailedElsewhere(Exception):
     """The unit has failed on another rank."""
 
 
@@ -71,7 +71,7 @@ class Comparison:
             raise
         except Exception as failure:  # code that relies on all heads may fail in any way
             error = failure
-            if not isinstance(failure, _Elsewhere):
+            if not isinstance(failure, _FailedElsewhere):
                 self._all(False)
         with without_modes(), torch.no_grad():
             after, later = state_of(unit, self._given), self._random_state()
@@ -115,7 +115,7 @@ class Comparison:
         restore(before)
         self._set_random_state(generators)
         try:
-            with whole_for_now(self.model, self.name, self.plan, self.ranks):
+            with temporarily_whole(self.model, self.name, self.plan, self.ranks):
                 start = state_of(unit, self._given)  # with whole weights
                 out = self._run(unit, args, kwargs, together=False)
                 self._sums += new_values(start, state_of(unit, self._given))
@@ -147,12 +147,12 @@ class Comparison:
 
     def _all_or_raise(self) -> None:
         if not self._all(True):
-            raise _Elsewhere("on another rank")
+            raise _FailedElsewhere("on another rank")
 
     def _all(self, flag: bool) -> bool:
-        return bool(self._everywhere([flag])[0])
+        return bool(self._on_all_ranks([flag])[0])
 
-    def _everywhere(self, flags: list[bool]) -> list[bool]:
+    def _on_all_ranks(self, flags: list[bool]) -> list[bool]:
         with without_modes(), torch.no_grad():
             gathered = self.ranks.all_reduce(torch.tensor([float(f) for f in flags], device=self.ranks.group.device))
             return [count == self.ranks.size for count in gathered.tolist()]
@@ -176,7 +176,7 @@ class Comparison:
         both = [(x, y) for x, y in both if isinstance(y, torch.Tensor)]
         per_head = [x.ndim == y.ndim == 4 and x.shape[1] != y.shape[1] and not self.attentions for x, y in both]
         # A rank may have all heads of one kind, and others none: all take part if one has other numbers of heads.
-        alike = self._everywhere([not flag for flag in per_head]) if both else []
+        alike = self._on_all_ranks([not flag for flag in per_head]) if both else []
         pairs += [(x, y if same else self._whole_of(y)) for (x, y), same in zip(both, alike, strict=True)]
         return agree and all(_close(x, y) for x, y in pairs)
 
@@ -185,7 +185,7 @@ class Comparison:
         numbers = self.plan.attributes.get(self.name, {})
         heads = next((numbers[key][self.ranks.index] for key in HEAD_COUNTS if key in numbers), -1)
         flags = [isinstance(leaf, torch.Tensor) and leaf.ndim == 4 and leaf.shape[1] == heads for leaf in leaves]
-        flags = self._everywhere(flags) if flags else []
+        flags = self._on_all_ranks(flags) if flags else []
         return [self._whole_of(leaf) if flag else leaf for leaf, flag in zip(leaves, flags, strict=True)]
 
     def _random_state(self) -> States:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from shardit.core.runtime.versions import version_of
 from shardit.parallel.tensor.adapters import base_linears
 from shardit.parallel.tensor.check.taken_data import watch_data, written_by_data
 from shardit.parallel.tensor.loads import loads_of
@@ -25,7 +26,7 @@ class HeldSlice:
     owner: nn.Module
     held: nn.Parameter
     shape: torch.Size
-    version: int
+    version: int | None
     loads: int
     plan: TensorPlan
 
@@ -43,7 +44,7 @@ class HeldSlice:
             return "was taken out of its module" if hasattr(self.owner, self.leaf) else None
         if now.shape != self.shape and now.ndim > cut.dim and now.shape[cut.dim] == cut.total:
             return f"was replaced by a tensor of shape {list(now.shape)}"
-        written = now is self.held and (_version(now) != self.version or written_by_data(now))
+        written = now is self.held and (version_of(now) != self.version or written_by_data(now))
         return "was written to" if written and loads_of(self.owner) == self.loads else None
 
 
@@ -58,12 +59,8 @@ def slices_of(model: nn.Module, plan: TensorPlan) -> list[HeldSlice]:
         held = None if owner is None else owner._parameters.get(leaf)
         if owner is not None and held is not None:
             watch_data(held)
-            found.append(HeldSlice(name, leaf, owner, held, held.shape, _version(held), loads_of(owner), plan))
+            found.append(HeldSlice(name, leaf, owner, held, held.shape, version_of(held), loads_of(owner), plan))
     return found
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
 
 
 def first_problem(slices: Sequence[HeldSlice]) -> tuple[HeldSlice, str] | None:

@@ -28,9 +28,9 @@ from shardit.core.runtime.digests import checksum
 from shardit.core.runtime.flat_call import modes
 from shardit.core.runtime.numbers_seen import NumbersSeen
 from shardit.core.runtime.pending import materialize
-from shardit.core.runtime.yielding import undisturbed, yielding_coroutine
+from shardit.core.runtime.yielding import without_yielding, yielding_coroutine
 from shardit.errors import UnsupportedError
-from shardit.parallel.attention.hook import attention_is_taken
+from shardit.parallel.attention.hook import attention_is_intercepted
 from shardit.parallel.block_signature import fingerprint, value_key
 from shardit.parallel.tensor.check.compare import Comparison, is_agent
 from shardit.parallel.tensor.check.kept import exposing_attribute
@@ -38,7 +38,7 @@ from shardit.parallel.tensor.heads import join
 from shardit.parallel.tensor.plan import TensorPlan
 from shardit.parallel.tensor.processors import adopt_processors, attentions_in, mark_cut
 from shardit.parallel.tensor.rules import Family
-from shardit.parallel.tensor.whole import whole_for_good
+from shardit.parallel.tensor.whole import make_whole
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ class Checks:
     def call(self, unit: Any, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call of a pending unit; `plain` is its own forward."""
         name = vars(unit)[NAME]
-        if self.comparing or attention_is_taken():
+        if self.comparing or attention_is_intercepted():
             return plain(unit, *args, **kwargs)
         self.pending.discard(name)
         leaves, spec = tree_flatten((args, kwargs))
@@ -128,7 +128,7 @@ class Checks:
             return plain(unit, *args, **kwargs)
         self.comparing = True
         try:
-            with undisturbed():  # no other call may use modules that are temporarily whole
+            with without_yielding():  # no other call may use modules that are temporarily whole
                 return self._compared(unit, name, kind, plain, args, kwargs)
         finally:
             self.comparing = False
@@ -137,7 +137,7 @@ class Checks:
         self, unit: Any, name: str, kind: Any, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Compare a unit at its call, make it whole if slices are wrong, and return its result."""
-        why = why_not_comparable(unit, self.plan.family)
+        why = incomparable_reason(unit, self.plan.family)
         if why is None:
             comparison = Comparison(self.model, name, self.plan, self.ranks, plain, args, kwargs, self._asked)
             out, why = comparison.sliced(), comparison.why
@@ -167,7 +167,7 @@ class Checks:
     def _give_up(self, name: str, why: str) -> None:
         """Make all units like this one whole."""
         kind, unit = self._kind(name), self.model.get_submodule(name)
-        alike = [n for n in self.plan.units if self._kind(n) == kind and not _elsewhere(self.model.get_submodule(n))]
+        alike = [n for n in self.plan.units if self._kind(n) == kind and not _has_meta(self.model.get_submodule(n))]
         processor = getattr(unit, PROCESSOR, None)
         code = type(unit).__name__ + (f" with {type(processor).__name__}" if processor is not None else "")
         why = f"{code} {why}"
@@ -181,7 +181,7 @@ class Checks:
             text = f"{self.title}: {name} {why}, and other layers take its keys: use tensor_parallel_size=1"
             raise UnsupportedError(text)
         for other in alike:
-            whole_for_good(self.model, other, self.plan, self.ranks)
+            make_whole(self.model, other, self.plan, self.ranks)
             self.plan.units.remove(other)
             self.pending.discard(other)
             self.whole[other] = why
@@ -223,11 +223,11 @@ def _outline(value: Any, numbers: list[float]) -> Any:
     return type(value)
 
 
-def _elsewhere(unit: nn.Module) -> bool:
+def _has_meta(unit: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in unit.parameters())
 
 
-def why_not_comparable(unit: nn.Module, family: Family) -> str | None:
+def incomparable_reason(unit: nn.Module, family: Family) -> str | None:
     """Return the reason why a unit cannot be compared: one of its processors exposes its results for each head."""
     keys = [exposing_attribute(getattr(module, PROCESSOR, None), family) for module in unit.modules()]
     return next((f"may expose its results for each head, in {key!r}" for key in keys if key), None)

@@ -12,7 +12,7 @@ from shardit.server.http.schema.job_errors import is_clients_fault, job_error
 from shardit.server.http.state.context import Context
 from shardit.server.jobs.job import Job
 
-LOOK_S = 1.0
+POLL_INTERVAL_S = 1.0
 """Longest time between two looks into the store, in seconds: notifications may be lost, jobs may not."""
 
 
@@ -30,9 +30,9 @@ async def until_ended(request: Request, context: Context, job: Job) -> Job:
                     raise busy("the server is about to end; send the request again later", 5, "stopping")
                 if gone.done():
                     raise ClientGone
-                news = asyncio.ensure_future(watch.news(LOOK_S))
-                await asyncio.wait({news, gone}, return_when=asyncio.FIRST_COMPLETED)
-                news.cancel()
+                change = asyncio.ensure_future(watch.wait(POLL_INTERVAL_S))
+                await asyncio.wait({change, gone}, return_when=asyncio.FIRST_COMPLETED)
+                change.cancel()
                 found = await run_in_threadpool(context.store.get, job.id)
                 if found is None:
                     raise ApiError(404, f"the job {job.id} was deleted", code="not_found")
@@ -41,7 +41,7 @@ async def until_ended(request: Request, context: Context, job: Job) -> Job:
     except (ClientGone, asyncio.CancelledError):
         if job.waits:
             await asyncio.shield(run_in_threadpool(context.store.request_cancel, job.id))
-            context.live_state.changed_here(job.id)
+            context.live_state.mark_changed(job.id)
         raise
     finally:
         gone.cancel()

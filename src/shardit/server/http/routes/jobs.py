@@ -83,7 +83,7 @@ def add_job_routes(
         """Delete a job and its files; if it has not ended, it is cancelled first."""
         job = await run_in_threadpool(find_job, request, context, kind, job_id)
         await run_in_threadpool(context.store.delete, job.id)
-        context.live_state.changed_here(job.id)
+        context.live_state.mark_changed(job.id)
         return Deleted.model_validate({"id": job.id, "object": f"{kind}.deleted"})
 
     @router.post("/{job_id}/cancel", response_model=one, responses=answers(401, 403, 404, 503))
@@ -91,7 +91,7 @@ def add_job_routes(
         """Cancel a job, within a step if it runs; a finished job stays as it is."""
         job = await run_in_threadpool(find_job, request, context, kind, job_id)
         job = await run_in_threadpool(context.store.request_cancel, job.id) or job
-        context.live_state.changed_here(job.id)
+        context.live_state.mark_changed(job.id)
         return await run_in_threadpool(show, request, context, job)
 
     @router.get("/{job_id}/events", response_class=EventStream, description=DESCRIPTION, responses=answers(401, 404))

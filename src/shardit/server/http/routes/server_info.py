@@ -88,7 +88,7 @@ def server_info_routes(context: Context) -> APIRouter:
         """Whether the ranks can run jobs now; 503 until they can."""
         ranks = context.live_state.ranks
         shown = _readiness(ranks)
-        if getattr(request.state, "stranger", False):  # sent under an unverified host name
+        if getattr(request.state, "unverified_host", False):  # sent under an unverified host name
             shown |= {"reason": "", "ranks": []}
         if ranks.state == "ready":
             return shown

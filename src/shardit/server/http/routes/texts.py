@@ -14,7 +14,7 @@ from shardit.server.http.state.context import Context
 from shardit.server.http.texts.answers import Answers, ChatAnswer, CompletionAnswer
 from shardit.server.http.texts.running import TextJob
 from shardit.server.http.texts.stream import EventResponse, events
-from shardit.server.http.texts.submit import TextSubmission, ask_chat, ask_completion
+from shardit.server.http.texts.submit import TextSubmission, chat_submission, completion_submission
 
 _POST: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {}}, "description": "The texts; with stream: true their pieces as events."},
@@ -31,12 +31,12 @@ def text_routes(context: Context) -> APIRouter:
     )
     async def answer_conversation(request: Request) -> Response:
         """Answer a conversation."""
-        return await _made(request, context, await ask_chat(request, context))
+        return await _made(request, context, await chat_submission(request, context))
 
     @router.post("/v1/completions", response_model=CompletionAnswer, responses=_POST, openapi_extra=body("completion"))
     async def continue_prompts(request: Request) -> Response:
         """Continue prompts."""
-        return await _made(request, context, await ask_completion(request, context))
+        return await _made(request, context, await completion_submission(request, context))
 
     return router
 

@@ -54,10 +54,10 @@ NO_MEANING: dict[str, Any] = {
 """OpenAI's fields that have no effect here, and their accepted values besides null, which ask for the behaviour that
 the server has anyway."""
 
-LOOK = ("output_format", "output_compression")
+ENCODING = ("output_format", "output_compression")
 """Fields for the encoding of image files."""
 
-ROUTING = ("model", "response_format", "priority", *LOOK, *NO_MEANING)
+ROUTING = ("model", "response_format", "priority", *ENCODING, *NO_MEANING)
 """Fields that do not affect the result itself."""
 
 IMAGES: tuple[str, ...] = ("image", "input_reference")

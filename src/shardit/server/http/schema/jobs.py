@@ -150,11 +150,11 @@ def view(
     }
     if job.kind == "image":
         links = [ImageLink(url=f"{base_url}/v1/images/{job.id}/content/{index}") for index in range(len(job.files))]
-        look = {
+        encoding = {
             "output_format": shown.get("output_format", "png"),
             "output_compression": shown.get("output_compression"),
         }
-        return ImageJob(**common, **look, data=links or None)
+        return ImageJob(**common, **encoding, data=links or None)
     if job.kind == "generation":
         base = f"{base_url}/v1/generations/{job.id}/content"
         files = [FileLink(url=f"{base}/{index}", name=name) for index, name in enumerate(job.files)]

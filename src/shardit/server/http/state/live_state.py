@@ -19,31 +19,31 @@ class JobWatch:
 
     def __init__(self, steps: bool) -> None:
         self.steps = steps
-        self._rung = False
+        self._notified = False
         self._waiting: asyncio.Future[None] | None = None
         self._tokens: list[Tokens] = []
         self._changed = False
 
-    async def news(self, timeout_s: float) -> None:
+    async def wait(self, timeout_s: float) -> None:
         """Return at the next change, at once if there was one since the last call, or after `timeout_s`."""
-        if not self._rung:
+        if not self._notified:
             # For each token of each text: `asyncio.wait_for` would make a task.
             loop = asyncio.get_running_loop()
             self._waiting = loop.create_future()
-            timer = loop.call_later(timeout_s, self.ring)  # a lost message would report a change
+            timer = loop.call_later(timeout_s, self.notify)  # a lost message would report a change
             try:
                 await self._waiting
             finally:
                 timer.cancel()
                 self._waiting = None
-        self._rung = False
+        self._notified = False
 
-    def ring(self, tokens: Tokens | None = None, *, step: bool = False) -> None:
+    def notify(self, tokens: Tokens | None = None, *, step: bool = False) -> None:
         """Signal a change, a step or new tokens."""
         if tokens is not None:
             self._tokens.append(tokens)
         self._changed = self._changed or not (step or tokens)
-        self._rung = True
+        self._notified = True
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_result(None)
 
@@ -61,7 +61,7 @@ class JobWatch:
 class LiveState:
     """Belongs to one event loop: all methods but `wake` are called there.
 
-    send: sends a message to the supervisor. on_info: called with the model facts when the ranks report them. foresee:
+    send: sends a message to the supervisor. on_info: called with the model facts when the ranks report them. read_info:
     reads the same facts from files, as far as possible, before the model is loaded; it runs in a thread.
     """
 
@@ -71,15 +71,15 @@ class LiveState:
         *,
         info: Info | None = None,
         on_info: Callable[[Info], None] | None = None,
-        foresee: Callable[[], Info | None] | None = None,
+        read_info: Callable[[], Info | None] | None = None,
     ):
         self.ranks = Ranks("loading")
         self.info = info
         """Signatures and notes of the model, from these ranks, from earlier ones or from its files; else None."""
         self._send = send
         self._on_info = on_info
-        self._foresee = foresee
-        self._foreseen: asyncio.Future[Info | None] | None = None
+        self._read_info = read_info
+        self._reading: asyncio.Future[Info | None] | None = None
         self._steps: dict[str, StepDone] = {}
         self._watches: dict[str, set[JobWatch]] = {}
         self._scrapes: set[asyncio.Future[bytes]] = set()
@@ -89,17 +89,17 @@ class LiveState:
         """Handle a message from the supervisor."""
         if isinstance(message, StepDone):
             self._steps[message.job_id] = message
-            self._ring(message.job_id, step=True)
+            self._notify(message.job_id, step=True)
         elif isinstance(message, (Tokens, StepTokens)):
             for tokens in message.of if isinstance(message, StepTokens) else (message,):
                 for watch in self._watches.get(tokens.job_id, ()):
                     if watch.steps:
-                        watch.ring(tokens)
+                        watch.notify(tokens)
         elif isinstance(message, Changed):
             self._steps.pop(message.job_id, None)  # it has begun, ended or been put back: its steps are out of date
-            self._ring(message.job_id)
+            self._notify(message.job_id)
         elif isinstance(message, Ranks):
-            self._take(message)
+            self._on_ranks(message)
         elif isinstance(message, Measured):
             for waiting in self._scrapes:
                 if not waiting.done():
@@ -112,11 +112,11 @@ class LiveState:
 
     async def known(self) -> Info | None:
         """Return `info`, read from the files of the model if no ranks have loaded it yet."""
-        if self.info is None and self._foresee is not None:
-            if self._foreseen is None:
-                self._foreseen = asyncio.get_running_loop().run_in_executor(None, self._foresee)
-            foreseen = await asyncio.shield(self._foreseen)
-            self.info = self.info or foreseen  # the ranks may have been faster, and know more
+        if self.info is None and self._read_info is not None:
+            if self._reading is None:
+                self._reading = asyncio.get_running_loop().run_in_executor(None, self._read_info)
+            found = await asyncio.shield(self._reading)
+            self.info = self.info or found  # the ranks may have been faster, and know more
         return self.info
 
     async def loaded(self) -> Info | None:
@@ -147,9 +147,9 @@ class LiveState:
             if not watches:
                 del self._watches[job_id]
 
-    def changed_here(self, job_id: str) -> None:
+    def mark_changed(self, job_id: str) -> None:
         """Note that this process itself has changed the job in the store."""
-        self._ring(job_id)
+        self._notify(job_id)
         self.wake()
 
     async def measured(self, timeout_s: float = 1.0) -> bytes | None:
@@ -167,9 +167,9 @@ class LiveState:
     def stop(self) -> None:
         """Note that the process is about to exit, and wake all waiting requests."""
         if not self.stopping:
-            self._take(Ranks("stopping", ranks=self.ranks.ranks, restarts=self.ranks.restarts))
+            self._on_ranks(Ranks("stopping", ranks=self.ranks.ranks, restarts=self.ranks.restarts))
 
-    def _take(self, ranks: Ranks) -> None:
+    def _on_ranks(self, ranks: Ranks) -> None:
         another, self.ranks = ranks.state != self.ranks.state, ranks
         if ranks.info is not None and ranks.info != self.info:
             self.info = ranks.info
@@ -178,9 +178,9 @@ class LiveState:
         if self.info is not None or self.stopping:
             self._loaded.set()
         for job_id in list(self._watches) if another else ():  # new peaks of memory do not concern jobs
-            self._ring(job_id)
+            self._notify(job_id)
 
-    def _ring(self, job_id: str, *, step: bool = False) -> None:
+    def _notify(self, job_id: str, *, step: bool = False) -> None:
         for watch in self._watches.get(job_id, ()):
             if watch.steps or not step:
-                watch.ring(step=step)
+                watch.notify(step=step)

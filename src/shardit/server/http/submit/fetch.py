@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from shardit.server.http.schema.errors import ApiError
 
-_CONNECT_S, _SECONDS = 10.0, 20.0
+_CONNECT_TIMEOUT_S, _FETCH_TIMEOUT_S = 10.0, 20.0
 
 
 def fetch(url: str, hosts: Sequence[str], most_bytes: int, param: str) -> bytes:
@@ -51,9 +51,9 @@ def _get(host: str, port: int, target: str, most_bytes: int, param: str) -> byte
     context = ssl.create_default_context()
     connection = http.client.HTTPSConnection(host, port)
     with (
-        socket.create_connection((public_address(host, port), port), timeout=_CONNECT_S) as raw,
+        socket.create_connection((public_address(host, port), port), timeout=_CONNECT_TIMEOUT_S) as raw,
         context.wrap_socket(raw, server_hostname=host, do_handshake_on_connect=False) as sock,
-        _ended_after(sock, _SECONDS),
+        _ended_after(sock, _FETCH_TIMEOUT_S),
     ):
         sock.do_handshake()
         connection.sock = sock

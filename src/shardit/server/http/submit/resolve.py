@@ -17,7 +17,7 @@ from shardit.errors import InputError
 from shardit.models import tiny
 from shardit.params import FRAME_RATE, field_names
 from shardit.server.http.schema.errors import ApiError, from_input_error
-from shardit.server.http.schema.fields import IMAGES, LOOK, ROUTING
+from shardit.server.http.schema.fields import ENCODING, IMAGES, ROUTING
 from shardit.server.options import RequestLimits, ServeOptions
 
 # Arguments of pipelines that are tensors, images or functions, which no JSON value can be, and files of this machine.
@@ -48,7 +48,7 @@ def check_model(values: Mapping[str, Any], options: ServeOptions) -> None:
         raise ApiError(404, text, code="model_not_found", param="model")
 
 
-def check_look(values: Mapping[str, Any], takes: PipelineSignature) -> None:
+def check_encoding(values: Mapping[str, Any], takes: PipelineSignature) -> None:
     """Raise ApiError if files cannot be encoded as requested."""
     format_ = values.get("output_format", "auto")
     transparent = takes.image_mode == "RGBA"
@@ -63,9 +63,9 @@ def check_look(values: Mapping[str, Any], takes: PipelineSignature) -> None:
         raise ApiError(400, text, code="invalid_value", param="output_compression")
 
 
-def look_of(values: Mapping[str, Any]) -> dict[str, Any]:
+def encoding_of(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the requested encoding of the files of a job."""
-    return {name: values[name] for name in LOOK if values.get(name, "auto") != "auto"}
+    return {name: values[name] for name in ENCODING if values.get(name, "auto") != "auto"}
 
 
 def arguments(values: Mapping[str, Any], takes: PipelineSignature, options: ServeOptions) -> dict[str, Any]:

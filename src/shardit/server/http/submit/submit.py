@@ -30,14 +30,14 @@ from shardit.server.http.state.context import Context
 from shardit.server.http.submit.body import Body, read_body
 from shardit.server.http.submit.image_checks import check_header, check_whole
 from shardit.server.http.submit.input_images import input_images
-from shardit.server.http.submit.resolve import arguments, check_look, check_model, look_of, pipeline_names
+from shardit.server.http.submit.resolve import arguments, check_encoding, check_model, encoding_of, pipeline_names
 from shardit.server.jobs.admission import Conflict, QueueFull
 from shardit.server.jobs.job import Job, Kind, NewJob
 from shardit.server.jobs.job_request import build_request
 from shardit.server.options import ServeOptions
 from shardit.server.unservable import unservable
 
-_LOADING_RETRY_S = 5.0
+_RETRY_AFTER_S = 5.0
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
 
@@ -85,7 +85,7 @@ async def submit_job(
         raise ApiError(400, text, code="invalid_value", param="n")
     field, takes = _image_field(values, body, info, needs_image)
     asked = arguments(values, takes, context.options)
-    check_look(values, takes)
+    check_encoding(values, takes)
     images = {} if field is None else await _images(field, values, body, takes, context)
     # A client that sends a key can ask again for the result, so its job continues without the connection.
     waits = waits and key is None
@@ -107,13 +107,13 @@ async def submit_job(
 def check_open(context: Context) -> None:
     """Raise ApiError if the server is about to stop."""
     if context.live_state.stopping:
-        raise busy("the server is about to stop; try again later", _LOADING_RETRY_S, "stopping")
+        raise busy("the server is about to stop; try again later", _RETRY_AFTER_S, "stopping")
 
 
 def not_known() -> ApiError:
     """Return the error while nothing is known of the model."""
     text = "the model is being loaded, and its files do not say what it takes; try again soon"
-    return busy(text, _LOADING_RETRY_S, "loading")
+    return busy(text, _RETRY_AFTER_S, "loading")
 
 
 def owner(request: Request) -> str | None:
@@ -205,7 +205,7 @@ def _new_job(
         inputs=images,
         view={
             **_view(request, takes, built.fps),
-            **look_of(values),
+            **encoding_of(values),
             "image_field": image_field or "image",
             "model": context.options.name,
         },

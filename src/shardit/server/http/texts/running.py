@@ -14,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from shardit.engine.streaming import Pieces
 from shardit.language.request.outputs import CompletionChunk, RowResult
 from shardit.server.estimate import NO_WORK
-from shardit.server.http.answers.waiting import LOOK_S, ClientGone, check_completed, client_gone, until_ended
+from shardit.server.http.answers.waiting import POLL_INTERVAL_S, ClientGone, check_completed, client_gone, until_ended
 from shardit.server.http.schema.errors import ApiError, busy
 from shardit.server.http.state.context import Context
 from shardit.server.http.submit.submit import store_job
@@ -63,7 +63,7 @@ class TextJob:
         """Yield pieces of the texts as they come, then the last ones; an empty list now and then while nothing comes.
         Raises ApiError if the job fails, ClientGone."""
         gone = asyncio.ensure_future(client_gone(self._request))
-        gone.add_done_callback(lambda _: self._watch.ring())
+        gone.add_done_callback(lambda _: self._watch.notify())
         try:
             while True:
                 if found := self._read(self._watch.taken()):
@@ -109,7 +109,7 @@ class TextJob:
     async def _news(self, gone: asyncio.Future[None]) -> None:
         if self._context.live_state.stopping:
             raise busy("the server is about to end; send the request again later", 5, "stopping")
-        await self._watch.news(LOOK_S)
+        await self._watch.wait(POLL_INTERVAL_S)
         if gone.done():
             raise ClientGone
 

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from shardit.server.http.answers.events import HEARTBEAT_S
+from shardit.server.http.answers.events import KEEPALIVE_INTERVAL_S
 from shardit.server.http.answers.waiting import ClientGone
 from shardit.server.http.schema.errors import ApiError
 from shardit.server.http.texts.answers import Answers
@@ -37,7 +37,7 @@ class EventResponse(StreamingResponse):
 async def events(job: TextJob, answers: Answers) -> AsyncIterator[bytes]:
     """Yield the events of a text job: chunks, the numbers of tokens if they were requested, and the end. An error is an
     event, too, as the answer has begun."""
-    spoke = time.monotonic()
+    sent_at = time.monotonic()
     try:
         for first in answers.first():
             yield _event(first)
@@ -45,9 +45,9 @@ async def events(job: TextJob, answers: Answers) -> AsyncIterator[bytes]:
             pieces = [answers.piece(chunk, *job.logprobs_of(chunk)) for chunk in chunks]
             if sent := b"".join(_event(piece) for piece in pieces if piece is not None):
                 yield sent
-                spoke = time.monotonic()
-            elif time.monotonic() - spoke >= HEARTBEAT_S:
-                spoke = time.monotonic()
+                sent_at = time.monotonic()
+            elif time.monotonic() - sent_at >= KEEPALIVE_INTERVAL_S:
+                sent_at = time.monotonic()
                 yield b": still here\n\n"
         if job.asked.with_usage:
             yield _event(answers.last(job.finished))

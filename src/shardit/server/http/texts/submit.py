@@ -91,7 +91,7 @@ def texts_of(context: Context) -> TextModel:
     return context.texts
 
 
-async def ask_completion(request: Request, context: Context) -> TextSubmission:
+async def completion_submission(request: Request, context: Context) -> TextSubmission:
     """Read and check a request to continue prompts. Raises ApiError."""
     values = await read_fields(request, context, context.text_fields.completion)
     _check_completion(values)
@@ -101,7 +101,7 @@ async def ask_completion(request: Request, context: Context) -> TextSubmission:
     def read(tokenizer: Any) -> list[list[int]]:
         return text_prompts(tokenizer, values["prompt"], info.vocabulary)
 
-    return await _asked(request, context, values, params, read, chat=False)
+    return await _build(request, context, values, params, read, chat=False)
 
 
 def _check_completion(values: Mapping[str, Any]) -> None:
@@ -116,7 +116,7 @@ def _check_completion(values: Mapping[str, Any]) -> None:
         raise ApiError(400, f"{name} {problem}", code="unsupported_value", param=name)
 
 
-async def ask_chat(request: Request, context: Context) -> TextSubmission:
+async def chat_submission(request: Request, context: Context) -> TextSubmission:
     """Read and check a request to answer a conversation. Raises ApiError."""
     values = await read_fields(request, context, context.text_fields.chat)
     most = values.pop("max_completion_tokens", None)
@@ -128,10 +128,10 @@ async def ask_chat(request: Request, context: Context) -> TextSubmission:
         text = "top_logprobs needs logprobs; set it to true"
         raise ApiError(400, text, code="invalid_value", param="top_logprobs")
     params = sampling_of(values, await language_info(context), logprobs, None)
-    return await _asked(request, context, values, params, lambda tokenizer: [chat_prompt(tokenizer, values)], chat=True)
+    return await _build(request, context, values, params, lambda tokenizer: [chat_prompt(tokenizer, values)], chat=True)
 
 
-async def _asked(
+async def _build(
     request: Request,
     context: Context,
     values: Mapping[str, Any],

@@ -15,7 +15,7 @@ from shardit.language.loading.adapter import use_chat_template
 from shardit.language.loading.source import DecoderSource, decoder_source
 from shardit.settings.lora import Lora
 
-_LOAD_S = 300.0
+_LOAD_TIMEOUT_S = 300.0
 
 
 def load_tokenizer(model: str, loras: Sequence[Lora] = ()) -> Any:
@@ -34,7 +34,7 @@ def load_tokenizer(model: str, loras: Sequence[Lora] = ()) -> Any:
 def _of_gguf(source: DecoderSource) -> Any:
     """Return the tokenizer of a GGUF file. transformers reads these with torch only, so another process does it."""
     path = str(source.folder / str(source.gguf))
-    done = subprocess.run(command(__name__), input=path.encode(), capture_output=True, timeout=_LOAD_S)
+    done = subprocess.run(command(__name__), input=path.encode(), capture_output=True, timeout=_LOAD_TIMEOUT_S)
     if done.returncode:
         lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
         raise InputError(f"the tokenizer of {path} cannot be read: {lines[-1]}")

@@ -53,7 +53,7 @@ class ToolCalls:
             pass
         if is_last:
             if self._inside and (call := _call_of(self._held)) is not None:
-                self._give(found, call)  # such as one whose end token came in place of its mark
+                self._emit(found, call)  # such as one whose end token came in place of its mark
             else:
                 found.text += (self._blanks + BEGIN if self._inside else "") + self._held
             self._held, self._inside = "", False
@@ -78,13 +78,13 @@ class ToolCalls:
         if not mark:
             return False
         if (call := _call_of(body)) is not None:
-            self._give(found, call)
+            self._emit(found, call)
         else:
             found.text += f"{self._blanks}{BEGIN}{body}{END}"
         self._held, self._inside = after, False
         return True
 
-    def _give(self, found: ParsedPiece, function: dict[str, Any]) -> None:
+    def _emit(self, found: ParsedPiece, function: dict[str, Any]) -> None:
         call = {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
         found.calls.append({"index": self.count, **call})
         self.count += 1

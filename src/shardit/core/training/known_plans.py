@@ -15,7 +15,7 @@ MAX_CONTENTS = 1024
 
 
 @dataclass
-class KnownCourses:
+class KnownLossPlans:
     """schedules: by signature and contents. deciding: for each signature the leaves of the micro-batch whose values are
     read outside the blocks, such as masks."""
 

@@ -1,4 +1,4 @@
-"""The arguments of a block call, looked at once for blocks that are given the same."""
+"""The arguments of a block call, flattened once for blocks that get the same."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from shardit.core.decoder.shapes import Looks, Returned, looks, structure
+from shardit.core.decoder.shapes import Layouts, Returned, layouts, structure
 from shardit.core.decoder.stage_tensor import StageTensor
 
 
 @dataclass
-class Given:
+class BlockArguments:
     """Arguments of a block call. Most blocks of a forward get the same objects, except for the first argument.
 
     structure: the number of what it has in common with calls whose results differ in sizes only. tensors: numbers of
@@ -35,7 +35,7 @@ class Given:
     first_alone: bool
     mappings: list[MutableMapping[Any, Any]]
     caches: list[Any]
-    _looks: dict[int, tuple[Looks, Returned]] = field(default_factory=dict)
+    _layouts: dict[int, tuple[Layouts, Returned]] = field(default_factory=dict)
 
     @staticmethod
     def of(
@@ -44,8 +44,8 @@ class Given:
         mode: Any,
         numbers: dict[Any, int],
         caches_in: Callable[[Sequence[Any]], list[Any]],
-    ) -> Given:
-        """Look at the arguments of a call. mode: what else results depend on. numbers: of the structures so far; a new
+    ) -> BlockArguments:
+        """Flatten the arguments of a call. mode: what else results depend on. numbers: of the structures so far; a new
         one is added. caches_in: returns the caches among leaves."""
         mappings = [value for value in (*args, *kwargs.values()) if isinstance(value, MutableMapping)]
         if mappings:
@@ -56,9 +56,9 @@ class Given:
         first_alone = bool(args) and len(staged) == 1 and staged[0] is args[0] and not mappings
         number = numbers.setdefault((mode, structure(leaves, spec)), len(numbers))
         caches = caches_in(leaves)
-        return Given(args, kwargs, leaves, spec, number, tensors, staged, first_alone, mappings, caches)
+        return BlockArguments(args, kwargs, leaves, spec, number, tensors, staged, first_alone, mappings, caches)
 
-    def next(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given | None:
+    def next(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BlockArguments | None:
         """Look at the first argument of another call if all others are the same objects; else return None."""
         if not self.first_alone or len(args) != len(self.args) or len(kwargs) != len(self.kwargs):
             return None
@@ -70,14 +70,14 @@ class Given:
             if own.get(name, self) is not value:
                 return None
         # A new object: another program may be paused in the call that this one describes.
-        unchanged = self.spec, self.structure, self.tensors, [first], True, self.mappings, self.caches, self._looks
-        return Given(args, kwargs, [first, *self.leaves[1:]], *unchanged)
+        unchanged = self.spec, self.structure, self.tensors, [first], True, self.mappings, self.caches, self._layouts
+        return BlockArguments(args, kwargs, [first, *self.leaves[1:]], *unchanged)
 
-    def looks(self, known: Returned) -> Looks:
-        """Return what the new tensors that a block returns look like, as far as it is known."""
-        found = self._looks.get(id(known))
+    def layouts(self, known: Returned) -> Layouts:
+        """Return the layouts of the new tensors that a block returns, as far as they are known."""
+        found = self._layouts.get(id(known))
         if found is None:
-            found = self._looks[id(known)] = looks(known, self.leaves), known  # its id must not become another's
+            found = self._layouts[id(known)] = layouts(known, self.leaves), known  # its id must not become another's
         return found[0]
 
     def with_data(self) -> tuple[list[Any], tuple[Any, ...], dict[str, Any]]:

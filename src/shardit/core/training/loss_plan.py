@@ -12,7 +12,7 @@ from shardit.core.plans.call_plan import Address, Site
 
 
 @dataclass(frozen=True)
-class Look:
+class Layout:
     """The layout of a tensor at a handle; nbytes: the size of its storage."""
 
     dtype: torch.dtype
@@ -22,10 +22,10 @@ class Look:
     nbytes: int
 
     @staticmethod
-    def of(tensor: torch.Tensor) -> Look:
+    def of(tensor: torch.Tensor) -> Layout:
         """Describe a tensor."""
         nbytes = tensor.untyped_storage().nbytes()
-        return Look(tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()), nbytes)
+        return Layout(tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()), nbytes)
 
     @property
     def is_whole(self) -> bool:
@@ -43,7 +43,7 @@ class CutTensor:
     """
 
     address: Address
-    look: Look
+    layout: Layout
     late: bool
     rewritten: bool
     differentiable: bool
@@ -51,7 +51,7 @@ class CutTensor:
     @property
     def order(self) -> tuple[int, ...]:
         """The dimensions by descending stride: in this order a permuted tensor is contiguous in a message."""
-        return tuple(sorted(range(len(self.look.size)), key=lambda dim: (-self.look.stride[dim], dim)))
+        return tuple(sorted(range(len(self.layout.size)), key=lambda dim: (-self.layout.stride[dim], dim)))
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the tensor to send."""
@@ -73,13 +73,13 @@ class CutTensor:
 
     def empty(self) -> torch.Tensor:
         """Return a tensor on meta that describes the message."""
-        size = [self.look.size[dim] for dim in self.order]
-        return torch.empty(size, dtype=self.look.dtype, device="meta", requires_grad=self.differentiable)
+        size = [self.layout.size[dim] for dim in self.order]
+        return torch.empty(size, dtype=self.layout.dtype, device="meta", requires_grad=self.differentiable)
 
 
 @dataclass(frozen=True)
-class Course:
-    """The course of the losses of one signature. The same on every stage.
+class LossPlan:
+    """The plan of the losses of one signature. The same on every stage.
 
     segments: (first, last) call site of each; owners: their stages. cuts[k]: what crosses from segment k to k + 1.
     draws: blocks draw random numbers, so that the states of the generators cross, too. plain_calls: number of calls of

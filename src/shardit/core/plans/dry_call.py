@@ -22,7 +22,7 @@ from shardit.core.runtime.randomness import generators_kept
 from shardit.errors import RankError
 
 
-class CourseMismatch(BaseException):
+class PlanMismatch(BaseException):
     """Leaves a forward that does not follow the plan. Not an Exception: models may catch those."""
 
 
@@ -31,7 +31,7 @@ def expected_site(sites: Sequence[Site], number: int, index: int, arguments: lis
     arguments."""
     site = sites[number] if number < len(sites) else None
     if site is None or (site.block, site.given) != (index, tuple(map(describe_leaf, arguments))):
-        raise CourseMismatch
+        raise PlanMismatch
     return site
 
 
@@ -57,7 +57,7 @@ class DryCall:
             return len(self.trace.sites) == len(self.plan.sites) and found.digest() == self.plan.digest()
         except (RankError, MemoryError, torch.OutOfMemoryError):
             raise
-        except (Exception, CourseMismatch):  # the first call follows and reports the error, if there is one
+        except (Exception, PlanMismatch):  # the first call follows and reports the error, if there is one
             return False
 
     def block_call(self, index: int, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

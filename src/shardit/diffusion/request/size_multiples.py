@@ -8,8 +8,8 @@ import logging
 from types import SimpleNamespace
 from typing import Any
 
-from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import ConfigMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL import Image
 
 from shardit.diffusion.request.size_search import SIDE, found_least_sides, search

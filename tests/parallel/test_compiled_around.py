@@ -67,7 +67,7 @@ def compiled_runs(axis: str) -> Runs:
     found = replace(found, config={**found.config, "num_layers": LAYERS})
     plain, model = found.build(), found.build()
     calls = [found.inputs(Draw(number, False)) for number in (0, 3, 4)]
-    plain.compile_repeated_blocks(backend="eager")
+    plain.compile_repeated_blocks(backend="eager", dynamic=False)
     with torch.no_grad():
         expected = [plain(**call, return_dict=False)[0] for call in calls]
     shardit.parallelize(model, timeout_s=60, **{axis: 2})
@@ -84,7 +84,7 @@ def compiled_runs(axis: str) -> Runs:
 
         return run
 
-    model.compile_repeated_blocks(backend=counted, fullgraph=axis not in BROKEN)
+    model.compile_repeated_blocks(backend=counted, dynamic=False, fullgraph=axis not in BROKEN)
     for call, wanted in zip(calls, expected, strict=True):
         runs.ran.append(0)
         got = model(**call, return_dict=False)[0]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
-import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -12,11 +9,8 @@ from typing import Any, Protocol
 from torch import nn
 
 from shardit.core.modules.compiled import never_compiled
-from shardit.core.modules.patching import Subclasses, share_subclass
+from shardit.core.modules.patching import share_calls
 from shardit.errors import UnsupportedError
-
-NUMBERS = "shardit_numbers"
-"""Attribute of an interceptor: the number of each module that it was made for."""
 
 
 class Interceptor(Protocol):
@@ -61,31 +55,15 @@ def install(blocks: list[tuple[str, nn.Module]], calls: BlockCalls, missing: Col
 
 
 def intercept_calls(modules: Sequence[nn.Module], handle: Callable[..., Any]) -> None:
-    """Run `handle(number, call, args, kwargs)` instead of calls of modules, numbered from 0; `call` is their own.
+    """Run `handle(number, call, args, kwargs)` instead of calls of modules, numbered from 0; `call` is their own. Code
+    of torch.compile does not trace `handle`, and modules of one class share that code."""
 
-    Modules of one class stay of one class, so they share what torch.compile makes of their forward; it does not trace
-    `handle`.
-    """
-    numbers, made = weakref.WeakKeyDictionary(zip(modules, itertools.count(), strict=False)), Subclasses()
-    for module in modules:
-        call = _intercepted(type(module).__call__, numbers, handle)
-        share_subclass(module, made, (), functools.partial(dict[str, Any], __call__=call))
+    def intercepted(own_call: Any, numbers: Mapping[nn.Module, int]) -> Any:
+        def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            number = numbers.get(self)
+            own = own_call.__get__(self)
+            return own(*args, **kwargs) if number is None else handle(number, own, args, kwargs)
 
+        return never_compiled(__call__)
 
-def _intercepted(own_call: Any, numbers: Mapping[nn.Module, int], handle: Callable[..., Any]) -> Any:
-    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        number = numbers.get(self)
-        if number is None:  # a copy
-            return own_call(self, *args, **kwargs)
-        return handle(number, own_call.__get__(self), args, kwargs)
-
-    call = never_compiled(__call__)
-    setattr(call, NUMBERS, numbers)
-    return call
-
-
-def is_intercepted(module: nn.Module) -> bool:
-    """Return whether the class of a module, which may have been derived again, handles its calls as `intercept_calls`
-    has set it up for this module."""
-    calls = (vars(cls).get("__call__") for cls in type(module).__mro__)
-    return any(module in getattr(call, NUMBERS, ()) for call in calls)
+    share_calls(modules, intercepted)

@@ -18,8 +18,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
-from shardit.core.modules.compiled import never_compiled
-from shardit.core.modules.operations import define_operation
+from shardit.core.modules.compiled import define_operation, never_compiled
 from shardit.errors import UnsupportedError
 from shardit.parallel.attention.sequence_attention import Call
 

@@ -146,7 +146,7 @@ def test_a_compiled_module_around_blocks(axis: str, early: bool, by_rank: list[F
     for around, *_ in by_rank:
         distances, frames = around[axis, early]
         assert max(distances) <= (0 if axis == "pipeline_parallel_size" else 1e-5)
-        assert frames
+        assert 0 < frames <= (60 if axis in BROKEN else 13)
 
 
 @pytest.mark.parametrize("axis", AROUND)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import shardit
 from shardit.core.runtime.pending import materialize
-from shardit.parallel.attention.hook import attention_goes_to
+from shardit.parallel.attention.hook import intercept_attention
 from shardit.parallel.attention.sequence_attention import Call
 from tests.diffusion.test_parallelize import join
 from tests.parallel.test_tensor import distance
@@ -116,7 +116,7 @@ def attention_calls() -> list[float | None]:
     compiled, noted, q = torch.compile(several, backend="aot_eager", fullgraph=True), Noted(), torch.randn(2, 4, 6, 8)
     with torch.no_grad():
         expected = several(q)
-        with attention_goes_to(noted):
+        with intercept_attention(noted):
             assert torch.equal(compiled(q), expected)
             noted.scales.clear()
             assert torch.equal(compiled(q), expected)

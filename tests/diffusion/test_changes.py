@@ -300,6 +300,17 @@ def derived_blocks(shard: Shard) -> list[torch.Tensor]:
     return [*outs, run(pipe), run(pipe)]
 
 
+def one_class_for_all(shard: Shard) -> list[torch.Tensor]:
+    """Blocks get a class derived from that of another block."""
+    pipe = shard(flux())
+    outs = [run(pipe)]
+    blocks = pipe.transformer.transformer_blocks
+    derived = _merging(type(blocks[0]))
+    for block in blocks:
+        block.__class__ = derived
+    return [*outs, run(pipe)]
+
+
 def _merging(base: type) -> type:
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **more: Any) -> Any:
         return base.forward(self, hidden_states + 0.3 * hidden_states.mean(1, keepdim=True), *args, **more)
@@ -312,7 +323,7 @@ WORKS: dict[str, tuple[Callable[[Shard], list[torch.Tensor]], ...]] = {
         *(compiled_before, compiled_after, blocks_compiled, fused_safely),
         *(new_scheduler, adapted, other_format, joined_projections, other_weights),
         *(turned_by_a_setting, hooked_later, adapted_encoder, moved_adapters, patched_class, derived_blocks),
-        swapped,
+        *(one_class_for_all, swapped),
     ),
     "slices": (
         compiled_before,
@@ -402,14 +413,10 @@ def replaced_linear(pipe: Any) -> None:
     run(pipe)
 
 
-def class_of_another_block(pipe: Any) -> None:
-    """All blocks get a class derived from that of the first one, with its overridden call."""
-
-    class Derived(type(pipe.transformer.transformer_blocks[0])):
-        pass
-
-    for block in pipe.transformer.transformer_blocks:
-        block.__class__ = Derived
+def class_of_another_model(pipe: Any) -> None:
+    """A block gets a class derived from that of another sharded model, with the interceptor of that."""
+    other = shardit.parallelize(flux(), CONFIGS["stages"], timeout_s=60)
+    pipe.transformer.transformer_blocks[1].__class__ = _merging(type(other.transformer.transformer_blocks[1]))
     run(pipe)
 
 
@@ -469,7 +476,7 @@ REFUSED: dict[str, dict[Callable[[Any], None], str]] = {
         broken_adapter: "NaNs detected",
         padded_adapters: "transformer: enable_lora_hotswap pads adapters.*before parallelize",
         padded_adapters_of_a_component: "vae: enable_lora_hotswap pads adapters.*before parallelize",
-        class_of_another_block: r"transformer_blocks\.1 was given another class after parallelize",
+        class_of_another_model: r"transformer_blocks\.1 was given another class after parallelize",
         other_forward_of_a_class: r"text_encoder_2\.encoder\.block\.0: the forward of its class was replaced after",
         other_class_of_a_block: r"transformer_blocks\.0 was given another class after parallelize",
     },

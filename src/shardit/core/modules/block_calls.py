@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 from torch import nn
 
 from shardit.core.modules.compiled import never_compiled
-from shardit.core.modules.patching import subclass_in_place
+from shardit.core.modules.patching import share_calls
 from shardit.errors import UnsupportedError
 
 
@@ -41,27 +41,29 @@ class BlockCalls:
 
 def install(blocks: list[tuple[str, nn.Module]], calls: BlockCalls, missing: Collection[int] = ()) -> None:
     """Make the calls of all blocks interceptable. missing: numbers of the blocks whose weights are on other ranks; they
-    are called through an interceptor only. Code in torch.compile around a block does not trace the interceptor."""
-    for index, (name, block) in enumerate(blocks):
-        subclass_in_place(block, {"__call__": _interceptable(type(block).__call__, index, calls)})
+    are called through an interceptor only."""
+
+    def handle(index: int, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if calls.interceptor is not None:
+            return calls.interceptor.block_call(index, call, args, kwargs)
         if index in missing:
-            subclass_in_place(block, {"__call__": _missing(type(block).__call__, name, calls)})
-
-
-def _interceptable(own_call: Any, index: int, calls: BlockCalls) -> Any:
-    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        interceptor = calls.interceptor
-        if interceptor is None:
-            return own_call(self, *args, **kwargs)
-        return interceptor.block_call(index, own_call.__get__(self), args, kwargs)
-
-    return never_compiled(__call__)
-
-
-def _missing(intercepted_call: Any, name: str, calls: BlockCalls) -> Any:
-    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if calls.interceptor is None:
+            name = blocks[index][0]
             raise UnsupportedError(f"{name} is on another rank: call the model itself, not its forward() or a block")
-        return intercepted_call(self, *args, **kwargs)
+        return call(*args, **kwargs)
 
-    return __call__
+    intercept_calls([block for _, block in blocks], handle)
+
+
+def intercept_calls(modules: Sequence[nn.Module], handle: Callable[..., Any]) -> None:
+    """Run `handle(number, call, args, kwargs)` instead of calls of modules, numbered from 0; `call` is their own. Code
+    of torch.compile does not trace `handle`, and modules of one class share that code."""
+
+    def intercepted(own_call: Any, numbers: Mapping[nn.Module, int]) -> Any:
+        def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            number = numbers.get(self)
+            own = own_call.__get__(self)
+            return own(*args, **kwargs) if number is None else handle(number, own, args, kwargs)
+
+        return never_compiled(__call__)
+
+    share_calls(modules, intercepted)

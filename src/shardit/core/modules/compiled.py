@@ -1,4 +1,4 @@
-"""Wrappers of torch.compile and compiled calls of modules."""
+"""Wrappers of torch.compile, compiled calls of modules, and operations that it does not look into."""
 
 from __future__ import annotations
 
@@ -45,6 +45,27 @@ def compile_call(module: nn.Module, compiler: Any) -> None:
 def never_compiled(function: Function) -> Function:
     """Return a function that compiled code calls without looking into it."""
     return torch.compiler.disable(function)  # pyright: ignore[reportReturnType]
+
+
+_library = torch.library.Library("shardit", "FRAGMENT")  # operations exist as long as this
+_effects: Any = getattr(_library, "_register_effectful_op", None)
+
+
+def define_operation(schema: str, run: Callable[..., Any], describe: Callable[..., Any]) -> bool:
+    """Define `torch.ops.shardit.<name>`, without gradients, and return whether graphs can contain it; if not (an older
+    torch), callers break the graph.
+
+    schema: of torch, with the name. describe: returns results of the same shapes, dtypes and strides, without data.
+    Messages are an effect: a graph keeps the order of these operations, and those whose results nothing reads.
+    """
+    if _effects is None:
+        return False
+    name = f"shardit::{schema.partition('(')[0]}"
+    _library.define(schema, tags=(torch.Tag.cudagraph_unsafe,))
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(name, describe, lib=_library)
+    _effects(name, torch.library.EffectType.ORDERED)  # pyright: ignore[reportPrivateImportUsage]
+    return True
 
 
 @contextmanager

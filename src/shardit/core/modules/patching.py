@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection
+import weakref
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -84,6 +85,26 @@ def share_subclass(module: Any, known: Subclasses, key: tuple[Any, ...], members
         subclass_in_place(module, members())
         known[key] = type(module)
     module.__class__ = known[key]
+
+
+NUMBERS = "shardit_numbers"
+"""Attribute of a call that `share_calls` made: the number of each module that it was made for."""
+
+
+def share_calls(modules: Sequence[nn.Module], made: Callable[[Any, Mapping[nn.Module, int]], Any]) -> None:
+    """Give modules the `__call__` that `made` makes, once per class, of that of their class and the number of each
+    module in the sequence, which copies of modules lack."""
+    numbers, known = weakref.WeakKeyDictionary({module: n for n, module in enumerate(modules)}), Subclasses()
+    for module in modules:
+        call = made(type(module).__call__, numbers)
+        setattr(call, NUMBERS, numbers)
+        share_subclass(module, known, (), functools.partial(dict[str, Any], __call__=call))
+
+
+def is_called_as_shared(module: nn.Module) -> bool:
+    """Return whether a class of a module, perhaps a base of its present one, has a call of `share_calls` for it."""
+    calls = (vars(cls).get("__call__") for cls in type(module).__mro__)
+    return any(module in getattr(call, NUMBERS, ()) for call in calls)
 
 
 def fixed_device_to(plain: Callable[..., Any], device: torch.device) -> Callable[..., Any]:

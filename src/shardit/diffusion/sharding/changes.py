@@ -12,7 +12,7 @@ from torch import nn
 from shardit.core.comm.collectives import Collectives
 from shardit.core.modules.compiled import refuse_compiled
 from shardit.core.modules.fingerprint import CLASS, FORWARD, PROCESSOR, Change
-from shardit.core.modules.patching import SWAPPED, hides
+from shardit.core.modules.patching import hides, is_called_as_shared
 from shardit.errors import UnsupportedError
 from shardit.parallel.tensor.adapters import cut_adapters
 
@@ -62,11 +62,9 @@ def _same_module(sharding: ComponentSharding, name: str, module: nn.Module) -> N
 
 
 def _own_interceptors(sharding: ComponentSharding) -> None:
-    """Raise UnsupportedError if a new class of a block has no interceptor, or that of another block."""
-    found: dict[Any, nn.Module] = {}
+    """Raise UnsupportedError if a new class of a block has no interceptor for it."""
     for name, block in cut_blocks(sharding.module):
-        own = next((c for c in type(block).__mro__ if SWAPPED in vars(c) and "__call__" in vars(c)), None)
-        if own is None or found.setdefault(own, block) is not block:
+        if not is_called_as_shared(block):
             raise UnsupportedError(
                 f"{sharding.title}.{name} was given another class after parallelize, which does not communicate with "
                 "other ranks: do it before, or derive the class from type() of the block"

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
-from shardit.core.modules.compiled import never_compiled
+from shardit.core.modules.compiled import define_operation, never_compiled
 from shardit.errors import UnsupportedError
 from shardit.parallel.attention.sequence_attention import Call
 
@@ -61,7 +61,6 @@ def attention_is_intercepted() -> bool:
     return _handler.get() is not None
 
 
-@never_compiled  # one break in a compiled block, in place of one at each of the functions below
 def _sdpa(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -71,6 +70,23 @@ def _sdpa(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+) -> torch.Tensor:
+    given = query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+    if torch.compiler.is_compiling() and OPAQUE and query.ndim == 4 and not torch.is_grad_enabled():
+        return torch.ops.shardit.attention(*given)
+    return _intercepted(*given)
+
+
+@never_compiled
+def _intercepted(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
 ) -> torch.Tensor:
     def inner(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -87,6 +103,26 @@ def _sdpa(
     not_ring = "dropout" if dropout_p else _replaced()
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
     return _hand_over(handler, Call(q, k, v, attn_mask, inner, scale, not_ring, is_causal)).transpose(1, 2)
+
+
+def _in_graph(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *others: Any) -> torch.Tensor:
+    """Return attention in the memory layout that `_described` says."""
+    return _intercepted(query, key, value, *others).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _described(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *others: Any) -> torch.Tensor:
+    """Return an empty result of attention, [batch, heads, queries, width], its tokens outside of its heads in memory:
+    kernels return that, and so does Ulysses."""
+    batch, heads, queries, _ = query.shape
+    return query.new_empty(batch, queries, heads, value.shape[3]).transpose(1, 2)
+
+
+ATTENTION = (
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float dropout_p, bool is_causal, "
+    "float? scale, bool enable_gqa) -> Tensor"
+)
+OPAQUE = define_operation(ATTENTION, _in_graph, _described)
+"""Whether compiled code contains attention as one operation, in place of a break in its graph."""
 
 
 def _replaced() -> str | None:

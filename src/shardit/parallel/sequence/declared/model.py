@@ -8,7 +8,6 @@ the call is refused. Later calls follow the learned steps without further messag
 
 from __future__ import annotations
 
-import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,8 +19,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from shardit.core.modules.compiled import never_compiled
-from shardit.core.modules.patching import subclass_in_place
+from shardit.core.modules.block_calls import intercept_calls
 from shardit.core.modules.state.module_state import State, copy_aliases, new_values, restore, state_of
 from shardit.core.runtime.flat_call import FlatCall
 from shardit.core.runtime.microbatch import CLOSE
@@ -244,10 +242,12 @@ class PlannedSequence:
 
     def install(self) -> None:
         """Put the interceptor at the modules of the plan, outside all others."""
-        for rules in self.rules:
-            if rules.module is not self.model:
-                call = _module_call(type(rules.module).__call__, rules, self)
-                subclass_in_place(rules.module, {"__call__": never_compiled(call)})
+        inner = [rules for rules in self.rules if rules.module is not self.model]
+
+        def handle(number: int, call: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return self.module_call(inner[number], call, args, kwargs)
+
+        intercept_calls([rules.module for rules in inner], handle)
 
     @property
     def _own(self) -> ModuleRules | None:
@@ -260,14 +260,6 @@ def read_planned(model: nn.Module, attribute: str, attention: SequenceAttention)
     not fit the model."""
     rules = read_plan(model, attribute, padding=attention.ring is None)
     return PlannedSequence(model, attention, attribute, rules)
-
-
-def _module_call(own_call: Any, rules: ModuleRules, planned: PlannedSequence) -> Any:
-    @functools.wraps(own_call)
-    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return planned.module_call(rules, own_call.__get__(self), args, kwargs)
-
-    return __call__
 
 
 def _difference(expected: Any, got: Any, bound: float) -> str | None:

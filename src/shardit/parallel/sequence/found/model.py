@@ -19,9 +19,9 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from shardit.core.comm.barrier import sendable
-from shardit.core.modules.compiled import never_compiled, uncompiled
+from shardit.core.modules.block_calls import intercept_calls
+from shardit.core.modules.compiled import uncompiled
 from shardit.core.modules.fingerprint import PROCESSOR
-from shardit.core.modules.patching import subclass_in_place
 from shardit.core.modules.state.module_state import copy_aliases, new_values, restore, state_of
 from shardit.core.runtime.flat_call import modes
 from shardit.core.runtime.numbers_seen import NumbersSeen, floats_in
@@ -323,18 +323,9 @@ class SequenceParallel:
         """Put the interceptor at the blocks, outside all others; those of other stages are on meta by now."""
         self._look()
         self._owned = [not any(p.is_meta for p in block.parameters()) for _, block in self.blocks]
-        for index, (_, block) in enumerate(self.blocks):
-            own_call = type(block).__call__
-            subclass_in_place(block, {"__call__": never_compiled(_block_call(own_call, index, self))})
+        intercept_calls([block for _, block in self.blocks], self.block_call)
 
 
 def automatic() -> bool:
     """Return whether a forward is running under a found plan."""
     return _flow.get() is not None
-
-
-def _block_call(own_call: Any, index: int, parallel: SequenceParallel) -> Any:
-    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return parallel.block_call(index, own_call.__get__(self), args, kwargs)
-
-    return __call__

@@ -177,7 +177,8 @@ def cut(tensor: torch.Tensor, split: Split, totals: Sequence[int], rank: int, si
     if split.order is not None and len(split.parts) > 1:
         columns = [shard.narrow(split.order, *run) for of_rank in runs for run in of_rank]
         shard = torch.cat(columns, split.order)
-    return shard.contiguous() if tensor.is_contiguous() else shard
+    # Of one sample, the view has the strides of the whole: compiled code would be made again for the outputs of blocks.
+    return shard.contiguous().flatten().view(shard.shape) if tensor.is_contiguous() else shard
 
 
 def _runs(parts: tuple[int, ...], totals: Sequence[int], size: int) -> list[list[tuple[int, int]]]:

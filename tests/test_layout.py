@@ -232,7 +232,7 @@ BUDGET = {
     "language": 2813,
     "loading": 1433,
     "models": 930,
-    "parallel": 5246,
+    "parallel": 5247,
     "server": 5318,
     "settings": 458,
     "training": 4269,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -88,23 +88,34 @@ def share_subclass(module: Any, known: Subclasses, key: tuple[Any, ...], members
 
 
 NUMBERS = "shardit_numbers"
-"""Attribute of a call that `share_calls` made: the number of each module that it was made for."""
+"""Attribute of a class that `share_calls` derived: the numbers of its modules, and of others of the same sequence."""
 
 
 def share_calls(modules: Sequence[nn.Module], made: Callable[[Any, Mapping[nn.Module, int]], Any]) -> None:
     """Give modules the `__call__` that `made` makes, once per class, of that of their class and the number of each
-    module in the sequence, which copies of modules lack."""
+    module in the sequence. Copies of modules have none before `number_copies`."""
     numbers, known = weakref.WeakKeyDictionary({module: n for n, module in enumerate(modules)}), Subclasses()
     for module in modules:
-        call = made(type(module).__call__, numbers)
-        setattr(call, NUMBERS, numbers)
-        share_subclass(module, known, (), functools.partial(dict[str, Any], __call__=call))
+        members = {"__call__": made(type(module).__call__, numbers), NUMBERS: numbers}
+        share_subclass(module, known, (), functools.partial(dict[str, Any], members))
+
+
+def number_copies(module: nn.Module, copied: nn.Module) -> None:
+    """Give the parts of a deep copy the numbers of the parts of the module, so that their calls are handled alike."""
+    for part, other in zip(module.modules(), copied.modules(), strict=True):
+        for numbers in _numbers(part):
+            numbers[other] = numbers[part]
 
 
 def is_called_as_shared(module: nn.Module) -> bool:
-    """Return whether a class of a module, perhaps a base of its present one, has a call of `share_calls` for it."""
-    calls = (vars(cls).get("__call__") for cls in type(module).__mro__)
-    return any(module in getattr(call, NUMBERS, ()) for call in calls)
+    """Return whether a class of a module, perhaps a base of its present one, was derived by `share_calls` for it."""
+    return any(True for _ in _numbers(module))
+
+
+def _numbers(module: nn.Module) -> Iterator[MutableMapping[nn.Module, int]]:
+    for cls in type(module).__mro__:
+        if module in (numbers := vars(cls).get(NUMBERS, {})):
+            yield numbers
 
 
 def fixed_device_to(plain: Callable[..., Any], device: torch.device) -> Callable[..., Any]:

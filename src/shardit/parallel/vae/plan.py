@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 
 from shardit.core.comm.wire import MessageLayout, dump_with_tensors, pack_layout
 from shardit.core.modules.block_calls import BlockCalls
-from shardit.core.modules.patching import subclass_in_place
+from shardit.core.modules.patching import number_copies, subclass_in_place
 from shardit.core.plans.call_plan import Leaf, span_bytes
 from shardit.core.runtime.flat_call import FlatCall
 from shardit.parallel.vae.watch import TileWatch, Untileable
@@ -174,6 +174,7 @@ def shape_of(module: nn.Module) -> nn.Module:
     second."""
     tensors = [leaf for part in module.modules() for leaf in _held(part) if isinstance(leaf, torch.Tensor)]
     copied = copy.deepcopy(module, {id(tensor): _on_meta(tensor) for tensor in tensors})
+    number_copies(module, copied)
     subclass_in_place(copied, {"device": torch.device("meta")})
     for name in dir(type(module)):
         if name.startswith("blend_"):

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 INDEX = "model_index.json"
 
+LFS_POINTER = b"version "
+"""The first bytes of the file that git-lfs leaves in place of another."""
+
 ADAPTER_CONFIG = "adapter_config.json"
 """The configuration file of an adapter of peft."""
 
@@ -83,7 +86,7 @@ def damaged_json(paths: Iterable[Path]) -> str | None:
         try:
             json.loads(path.read_text("utf-8"))
         except (OSError, ValueError, RecursionError):
-            pointer = path.is_file() and path.read_bytes()[:8] == b"version "
+            pointer = path.is_file() and path.read_bytes().startswith(LFS_POINTER)
             damage = "is a git-lfs pointer: run `git lfs pull` in its repository"
             return f"{path} {damage if pointer else 'is damaged: download or copy it again'}"
     return None

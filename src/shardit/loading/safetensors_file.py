@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from shardit.core.placement.slices import Slice
 from shardit.errors import InputError
 from shardit.loading.dtypes import file_bits, file_dtype
+from shardit.loading.index import LFS_POINTER
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +77,7 @@ class Header:
 def _header_length(path: Path, first: bytes, size: int) -> int:
     if size == 0:
         raise InputError(f"{path} is empty: {_AGAIN}")
-    if first == b"version ":
+    if first == LFS_POINTER:
         raise InputError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull` in its repository")
     if size < 8:
         raise InputError(f"{path} is cut short ({size} bytes): {_AGAIN}")

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from shardit.core.modules.compiled import never_compiled
-from shardit.core.modules.patching import share_calls
+from shardit.core.modules.patching import number_calls
 from shardit.errors import UnsupportedError
 
 
@@ -66,4 +66,4 @@ def intercept_calls(modules: Sequence[nn.Module], handle: Callable[..., Any]) ->
 
         return never_compiled(__call__)
 
-    share_calls(modules, intercepted)
+    number_calls(modules, intercepted)

@@ -88,12 +88,12 @@ def share_subclass(module: Any, known: Subclasses, key: tuple[Any, ...], members
 
 
 NUMBERS = "shardit_numbers"
-"""Attribute of a class that `share_calls` derived: the numbers of its modules, and of others of the same sequence."""
+"""Attribute of a class that `number_calls` derived: the numbers of its modules, and of others of the same sequence."""
 
 
-def share_calls(modules: Sequence[nn.Module], made: Callable[[Any, Mapping[nn.Module, int]], Any]) -> None:
-    """Give modules the `__call__` that `made` makes, once per class, of that of their class and the number of each
-    module in the sequence. Copies of modules have none before `number_copies`."""
+def number_calls(modules: Sequence[nn.Module], made: Callable[[Any, Mapping[nn.Module, int]], Any]) -> None:
+    """Give modules a `__call__` that knows their number in the sequence: `made` makes it once per class, of the class's
+    own and the numbers of all modules. Copies of modules have none before `number_copies`."""
     numbers, known = weakref.WeakKeyDictionary({module: n for n, module in enumerate(modules)}), Subclasses()
     for module in modules:
         members = {"__call__": made(type(module).__call__, numbers), NUMBERS: numbers}
@@ -107,8 +107,8 @@ def number_copies(module: nn.Module, copied: nn.Module) -> None:
             numbers[other] = numbers[part]
 
 
-def is_called_as_shared(module: nn.Module) -> bool:
-    """Return whether a class of a module, perhaps a base of its present one, was derived by `share_calls` for it."""
+def is_numbered(module: nn.Module) -> bool:
+    """Return whether a class of a module, perhaps a base of its present one, was derived by `number_calls` for it."""
     return any(True for _ in _numbers(module))
 
 

@@ -27,7 +27,7 @@ class PlanMismatch(BaseException):
 
 
 def expected_site(sites: Sequence[Site], number: int, index: int, arguments: list[Any]) -> Site:
-    """Return the call site of a plan with this number. Raises Differs if it is none of this block with such
+    """Return the call site of a plan with this number. Raises PlanMismatch if it is none of this block with such
     arguments."""
     site = sites[number] if number < len(sites) else None
     if site is None or (site.block, site.given) != (index, tuple(map(describe_leaf, arguments))):
@@ -67,6 +67,5 @@ class DryCall:
             arguments, _ = tree_flatten((args, kwargs))
             site = expected_site(self.plan.sites, n, index, arguments)
             leaves = stand_ins(site, arguments, lambda leaf: (blank(leaf, self.device), 0))
-            tensors = [leaf if isinstance(leaf, torch.Tensor) else None for leaf in arguments]
-            self.trace.block(site, tensors, leaves, list(site.mutated))
+            self.trace.block(site, arguments, leaves, list(site.mutated))
             return tree_unflatten(leaves, site.spec)

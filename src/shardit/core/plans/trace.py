@@ -103,15 +103,15 @@ class Trace:
         self.mutated_input |= any(s in self.inputs for s in written)
         self.events.append(Event(len(self.sites), read, written, derived))
 
-    def block(self, site: Site, arguments: list[torch.Tensor | None], outputs: list[Any], mutated: list[int]) -> None:
-        """Record call site number len(sites): argument leaves (None if not a tensor), output leaves, and the argument
-        leaves that the block wrote to."""
+    def block(self, site: Site, arguments: Sequence[Any], outputs: list[Any], mutated: list[int]) -> None:
+        """Record call site number len(sites): argument leaves, output leaves, and the numbers of the argument leaves
+        that the block wrote to."""
         n = len(self.sites)
-        read = [self.number(t) for t in arguments if t is not None]
-        for q, tensor in enumerate(arguments):
-            if tensor is not None:
-                self._handle(Address(n, "arg", q), tensor)
-        written = [self.number(t) for q in mutated if (t := arguments[q]) is not None]
+        tensors = {q: leaf for q, leaf in enumerate(arguments) if isinstance(leaf, torch.Tensor)}
+        read = [self.number(tensor) for tensor in tensors.values()]
+        for q, tensor in tensors.items():
+            self._handle(Address(n, "arg", q), tensor)
+        written = [self.number(tensors[q]) for q in mutated if q in tensors]
         for q, (leaf, value) in enumerate(zip(site.leaves, outputs, strict=True)):
             if leaf.kind == "tensor":
                 number = self.number(value)

@@ -15,7 +15,7 @@ Inputs = list[tuple[torch.Tensor, int]]
 
 def inputs_of(leaves: Iterable[Any]) -> Inputs:
     """Return the tensors among the arguments of a call in flight, with their versions, if torch counts them."""
-    return [(t, t._version) for t in leaves if isinstance(t, torch.Tensor) and not t.is_inference()]
+    return [(leaf, version) for leaf in leaves if (version := version_of(leaf)) is not None]
 
 
 def check_unchanged(inputs: Inputs, rank: int) -> None:

@@ -58,6 +58,5 @@ class DryLoss:
                 for place, leaf in enumerate(values):
                     if isinstance(leaf, torch.Tensor):
                         self.layouts[Address(number, kind, place)] = Layout.of(leaf)
-            tensors = [leaf if isinstance(leaf, torch.Tensor) else None for leaf in given]
-            self.trace.block(site, tensors, leaves, list(site.mutated))
+            self.trace.block(site, given, leaves, list(site.mutated))
             return tree_unflatten(leaves, site.spec)

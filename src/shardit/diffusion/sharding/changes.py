@@ -12,7 +12,7 @@ from torch import nn
 from shardit.core.comm.collectives import Collectives
 from shardit.core.modules.compiled import refuse_compiled
 from shardit.core.modules.fingerprint import CLASS, FORWARD, PROCESSOR, Change
-from shardit.core.modules.patching import hides, is_called_as_shared
+from shardit.core.modules.patching import hides, is_numbered
 from shardit.errors import UnsupportedError
 from shardit.parallel.tensor.adapters import cut_adapters
 
@@ -64,7 +64,7 @@ def _same_module(sharding: ComponentSharding, name: str, module: nn.Module) -> N
 def _own_interceptors(sharding: ComponentSharding) -> None:
     """Raise UnsupportedError if a new class of a block has no interceptor for it."""
     for name, block in cut_blocks(sharding.module):
-        if not is_called_as_shared(block):
+        if not is_numbered(block):
             raise UnsupportedError(
                 f"{sharding.title}.{name} was given another class after parallelize, which does not communicate with "
                 "other ranks: do it before, or derive the class from type() of the block"

@@ -77,7 +77,8 @@ class DecoderSource:
         if self.gguf is None and not files and not [*self.folder.glob("*.model"), *self.folder.glob("*.txt")]:
             return f"{self.folder} has no tokenizer ({JSON_OF_TOKENS[0]}): {again}"
         of = self.folder / (self.gguf or "")
-        return f"transformers cannot read the tokenizer of {of} ({first_line(error)}): {again}"
+        text = f"transformers cannot read the tokenizer of {of} ({first_line(error)})"
+        return text if isinstance(error, ImportError) else f"{text}: {again}"  # it names the package to install
 
     @property
     def model_type(self) -> str | None:

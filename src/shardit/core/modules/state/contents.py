@@ -12,7 +12,7 @@ from torch import nn
 
 from shardit.core.runtime.digests import checksum
 from shardit.core.runtime.randomness import is_generator, set_state, state_in
-from shardit.core.runtime.versions import value_bytes
+from shardit.core.runtime.versions import value_bytes, version_of
 from shardit.errors import UnsupportedError
 
 MAX_COPIED, MAX_COPIED_PARAMETER = 2**22, 64
@@ -42,7 +42,7 @@ def content_of(path: str, value: Any, copies: bool, outside: bool) -> Content | 
         if type(value) not in TENSORS or value.is_meta or value.layout is not torch.strided:
             return None
         parameter = isinstance(value, nn.Parameter)
-        version, held = None if value.is_inference() else value._version, None
+        version, held = version_of(value), None
         if copies and value.numel() <= (MAX_COPIED_PARAMETER if parameter else MAX_COPIED):
             held = value.detach().clone()
         elif version is None and not parameter:

@@ -77,13 +77,8 @@ def find_plan(
         return None
     failures: list[Exception] = []
     for candidate in found:
-        plan: BlockPlan | None = None
-        for case in cases:
-            attempt = _Attempt(attention, candidate, candidate.totals(shapes), case, failures)
-            before, plan = plan, attempt.run(call, spec)
-            if plan is None:
-                break
-            plan = replace(plan, by_values=plan.by_values or (before is not None and before.by_values))
+        attempts = [_Attempt(attention, candidate, candidate.totals(shapes), case, failures) for case in cases]
+        plan = _plan_of_all(attempts, call, spec)
         if plan is not None:
             return plan
     why = f"; {failures[0]}" if failures and isinstance(failures[0], UnsupportedError) else ""
@@ -94,6 +89,17 @@ def find_plan(
     )
     refused.may_partition = not any(isinstance(failure, NotInRing) for failure in failures[:1])
     raise refused
+
+
+def _plan_of_all(attempts: Sequence[_Attempt], call: Callable[..., Any], spec: Any) -> BlockPlan | None:
+    """Return the plan that passes all attempts, for the arguments of the last one; None if one of them fails."""
+    plans: list[BlockPlan] = []
+    for attempt in attempts:
+        plan = attempt.run(call, spec)
+        if plan is None:
+            return None
+        plans.append(plan)
+    return replace(plans[-1], by_values=any(plan.by_values for plan in plans))
 
 
 @dataclass

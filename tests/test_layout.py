@@ -229,7 +229,7 @@ BUDGET = {
     "core": 7798,
     "diffusion": 4041,
     "engine": 3060,
-    "language": 2813,
+    "language": 2814,
     "loading": 1434,
     "models": 930,
     "parallel": 5250,

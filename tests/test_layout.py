@@ -225,16 +225,16 @@ def test_the_server_imports_no_torch() -> None:
 
 
 BUDGET = {
-    ".": 1315,
+    ".": 1322,
     "core": 7798,
-    "diffusion": 4041,
+    "diffusion": 4045,
     "engine": 3060,
     "language": 2814,
-    "loading": 1434,
-    "models": 930,
+    "loading": 1428,
+    "models": 932,
     "parallel": 5250,
-    "server": 5318,
-    "settings": 458,
+    "server": 5324,
+    "settings": 461,
     "training": 4269,
 }
 """Lines of code of each folder, as `make size` counts them; a number is raised on purpose, or not at all."""

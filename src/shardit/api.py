@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from shardit.config import TIMEOUT_S, DiffusionParallelConfig, config_of, device_kind, idle_chunks
-from shardit.core.comm.decision import collective_decision
 from shardit.core.comm.mesh import Mesh, init_mesh
+from shardit.core.comm.sharding_decision import collective_decision
 from shardit.core.modules.compiled import refuse_compiled
 from shardit.core.modules.hints import Plan
 from shardit.core.placement.assignment import Cut, assign_blocks
@@ -32,7 +32,7 @@ from shardit.diffusion.sharding.connect import (
     shard_model,
     take_compilers,
 )
-from shardit.diffusion.sharding.decision import describe_blocks, describe_layout
+from shardit.diffusion.sharding.decision_text import describe_blocks, describe_layout
 from shardit.diffusion.sharding.layout import PipelineLayout, lay_out, warn_unmet
 from shardit.errors import InputError, UnsupportedError
 from shardit.language.loading.source import named_decoder

@@ -28,18 +28,19 @@ def serve(flags: ServeFlags) -> int:
     check_installed(SERVER)
     options = flags.options()
     os.environ[FORMAT_VARIABLE] = flags.log_format.value  # all processes of the server inherit it
-    if not options.of_language:
-        _check_pipeline(options)
     if started_by_torchrun(os.environ):
         from shardit.server.entry.torchrun_agent import serve_as_rank
 
+        _check_model(options)
         return serve_as_rank(options)
     from shardit.server.entry.serve import serve as run
 
-    return run(options)
+    return run(options, check=lambda: _check_model(options))
 
 
-def _check_pipeline(options: ServeOptions) -> None:
+def _check_model(options: ServeOptions) -> None:
+    if options.of_language:  # `flags.options()` has checked it
+        return
     from shardit.diffusion.preflight import preflight
     from shardit.diffusion.preflight.static_signature import static_signatures_of_model
     from shardit.server.unservable import unservable
@@ -134,7 +135,7 @@ def tiny(
     name: Annotated[str, Argument(help="Name of the tiny model, such as wan2.2-t2v.")],
     folder: Annotated[Path, Argument(metavar="DIR", help="Folder to write, new or empty.")],
 ) -> None:
-    """Write a tiny checkpoint, a complete diffusers folder to try things on."""
+    """Write a tiny checkpoint, a complete folder of diffusers (or transformers, as for llama) to try things on."""
     from shardit.models import tiny as checkpoints
 
     check_installed(("diffusers", *FRAMEWORKS))

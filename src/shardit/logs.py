@@ -13,6 +13,9 @@ from typing import Any
 FORMAT_VARIABLE = "SHARDIT_LOG_FORMAT"
 """The variable by which the processes of a server know the form of their lines: "auto", "text" or "json"."""
 
+_REPEAT_S = 1.0
+"""A message that a library repeats is logged once in this many seconds."""
+
 
 def logger(process: str) -> Any:
     """Return the log of one process of the server; `process` is "supervisor", "api" or "rank". Fields go in as
@@ -70,13 +73,22 @@ def _readable() -> Any:
 
 
 def take_over(log: Any, fields: Callable[[], Mapping[str, Any]] = dict) -> None:
-    """From now on, what libraries log and warn of are lines of `log`, with `fields` of that moment. Libraries that set
-    up their loggers when they are imported must have been."""
+    """From now on, what libraries log and warn of are lines of `log`, with `fields` of that moment; a message that a
+    library repeats is logged once a second. Libraries that set up their loggers when they are imported must have been.
+    """
     handler = logging.Handler()
+    last: dict[str, Any] = {}
+    next_repeat = 0.0
 
     def emit(record: logging.LogRecord) -> None:
+        nonlocal last, next_repeat
+        line = {"logger": record.name, "text": record.getMessage(), **fields()}
+        # asyncio reports each of 2,000 connections that it cannot accept if the process has no file handle left.
+        if line == last and record.created < next_repeat:
+            return
+        last, next_repeat = line, record.created + _REPEAT_S
         say = getattr(log, record.levelname.lower(), log.warning)
-        say("library", logger=record.name, text=record.getMessage(), **fields())
+        say("library", **line)
 
     handler.emit = emit  # type: ignore[method-assign]
     logging.captureWarnings(True)

@@ -48,6 +48,20 @@ def test_library_messages_are_log_lines_with_rank_and_request(capsys: pytest.Cap
     assert [line["level"] for line in said] == ["warning", "warning", "error"]
 
 
+@pytest.mark.usefixtures("_loggers_as_before")
+def test_a_message_that_a_library_repeats_is_logged_once_a_second(capsys: pytest.CaptureFixture[str]) -> None:
+    request = {"request_id": "image_1"}
+    logs.take_over(logs.logger("api"), lambda: request)
+    for _ in range(100):
+        logging.getLogger("asyncio").error("socket.accept() out of system resource")
+    request = {"request_id": "image_2"}
+    logging.getLogger("asyncio").error("socket.accept() out of system resource")
+    logging.getLogger("asyncio").error("another")
+    said = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [line["request_id"] for line in said] == ["image_1", "image_2", "image_2"]
+    assert said[2]["text"] == "another"
+
+
 def test_nothing_that_a_client_sends_reaches_the_terminal_raw(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stderr", Terminal())
     logs._log.cache_clear()

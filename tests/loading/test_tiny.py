@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -19,6 +19,7 @@ from PIL import Image
 from shardit.errors import InputError
 from shardit.models import tiny
 from shardit.models.processor import build_processor
+from shardit.models.tiny.language import language_folder
 
 BLOCK_LISTS = (
     "blocks",
@@ -129,8 +130,16 @@ def test_unknown_name_lists_the_valid_ones(tmp_path: Path) -> None:
         lambda: tiny.resolve("tiny/sd9"),
         lambda: tiny.images(""),
     ):
-        with pytest.raises(InputError, match=r"flux, .*z-image"):
+        with pytest.raises(InputError, match=r"flux, .*z-image; language models: llama, mamba, qwen3"):
             attempt()
+
+
+def test_tiny_language_models_are_written_where_the_user_wants_them(tmp_path: Path) -> None:
+    (tmp_path / "llama").mkdir()
+    written = tiny.write("llama", tmp_path / "llama")
+    assert digest(written) == digest(cast(Path, language_folder("tiny/llama")))
+    with pytest.raises(InputError, match="is not an empty folder"):
+        tiny.write("llama", written)
 
 
 def test_write_refuses_a_folder_in_use(tmp_path: Path) -> None:

@@ -19,9 +19,9 @@ from shardit.core.modules.blocks import drop_blocks, find_blocks
 from shardit.core.training.schedules import owner_of_chunk
 from shardit.loading import transformers_model, weights
 from shardit.models.tiny.language import tokenizer
+from shardit.training.block_chunks import placing
 from shardit.training.diffusion.recipe import recipe as diffusion_recipe
 from shardit.training.language.recipe import recipe as language_recipe
-from shardit.training.placing import placing
 from shardit.training.recipe import TrainingRecipe
 from shardit.training.settings import TrainSettings
 from tests.language import families

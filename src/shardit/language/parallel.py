@@ -10,8 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from shardit.config import DiffusionParallelConfig
-from shardit.core.comm.decision import collective_decision
 from shardit.core.comm.mesh import init_mesh, pick_device
+from shardit.core.comm.sharding_decision import collective_decision
 from shardit.core.modules.compiled import refuse_compiled
 from shardit.core.stages.runtime import Runtime
 from shardit.errors import InputError, UnsupportedError

@@ -9,6 +9,7 @@ from pathlib import Path
 from shardit.errors import InputError
 from shardit.loading.hub import HubRemote, open_hub, weight_files
 from shardit.loading.index import INDEX, read_index
+from shardit.models import tiny
 from shardit.settings.paths import is_hub_id, user_path
 
 
@@ -28,8 +29,7 @@ def locate(model: str | os.PathLike, weights: bool = True, variant: str | None =
     Raises InputError if there is no such model, with the remedy in one line.
     """
     text = os.fspath(model)
-    if text.startswith("tiny/"):
-        folder = _tiny(text)
+    if (folder := tiny.resolve(text)) is not None:
         return ModelSource(folder, str(folder))
     path = local_folder(model)
     if path is not None:
@@ -63,12 +63,3 @@ def local_folder(model: str | os.PathLike) -> Path | None:
     if isinstance(model, Path) or not is_hub_id(text):
         raise InputError(f"there is no folder {text}: check the path")
     return None
-
-
-def _tiny(name: str) -> Path:
-    from shardit.models import tiny
-
-    folder = tiny.resolve(name)
-    if folder is None:
-        raise InputError(f"there is no tiny model {name!r}: there are {', '.join(sorted(tiny.names()))}")
-    return Path(folder)

@@ -144,7 +144,10 @@ def text_problem(value: Any) -> str | None:
 
 
 TEXT = ValueCheck("a string", lambda value: text_problem(value) if isinstance(value, str) else "a string")
-NAME = matching("a name", lambda value: isinstance(value, str) and value != "")
+NAME = matching(
+    "a name, without blanks around it or control characters",
+    lambda value: isinstance(value, str) and value == value.strip() != "" and value.isprintable(),
+)
 NAMED_VALUES = matching(
     "a dict with names as keys",
     lambda value: isinstance(value, Mapping) and all(isinstance(key, str) for key in value),

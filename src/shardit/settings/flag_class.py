@@ -128,7 +128,7 @@ def check_flags(flags: Any, *classes: type) -> None:
             continue
         name = flag.name or item.name
         if (value := getattr(flags, name, None)) is not None and check.problem(value):
-            raise InputError(f"{_spelt(name)} must be {check.limits}, got {value}")
+            raise InputError(f"{_spelt(name)} must be {check.limits}, got {value!r:.200}")
 
 
 def parse_values(flag: str, entries: Sequence[str] | None, example: str) -> dict[str, Any]:

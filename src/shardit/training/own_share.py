@@ -12,7 +12,7 @@ from shardit.core.modules.blocks import find_blocks, lacks_data
 from shardit.core.placement.slices import Owned
 from shardit.core.training.schedules import owner_of_chunk
 from shardit.loading.weights import names_of_stage
-from shardit.training.placing import placing
+from shardit.training.block_chunks import placing
 
 Share = Callable[[nn.Module], Owned]
 """Gives for a model on meta a predicate over names of parameters: whether this rank loads one."""

@@ -26,8 +26,8 @@ from shardit.core.training.gradients.sums import GradientSums, sum_gradients
 from shardit.core.training.schedules import DEFERRING
 from shardit.core.training.segment import StepData
 from shardit.errors import InputError, UnsupportedError
+from shardit.training.block_chunks import placing
 from shardit.training.limits import check_degrees
-from shardit.training.placing import placing
 from shardit.training.plan_step import StepPlan, plan_step
 from shardit.training.save import save_model
 from shardit.training.tensor import Loss, slice_model, watching_reads

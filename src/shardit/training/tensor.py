@@ -23,9 +23,9 @@ from shardit.parallel.tensor.adapters import base_linears
 from shardit.parallel.tensor.apply import cut_model, notes_together, whole_share
 from shardit.parallel.tensor.check.reads import refused_reads
 from shardit.parallel.tensor.check.units import Checks
+from shardit.parallel.tensor.gather_module import cuts_by_name
 from shardit.parallel.tensor.plan import TensorPlan
 from shardit.parallel.tensor.planner import plan_tensors
-from shardit.parallel.tensor.whole import cuts_by_name
 
 _log = logging.getLogger("shardit")
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from shardit.diffusion.class_homes import CUT_PACKAGES
 
+_NAME = re.compile(rb"\w+")
 _NOT_PLAIN = object()
 """Stands for a default that is not a literal."""
 
@@ -37,16 +38,30 @@ def module_of(pipeline: str) -> str:
     return "" if found is None else found[1].decode()
 
 
-@functools.lru_cache(maxsize=256)
 def _found(name: str, within: str) -> tuple[ast.ClassDef, bytes] | None:
-    root = folder(within)
+    file = _homes(within).get(name)
+    if file is None:
+        return None
+    classes, source = _module(file)
+    return (classes[name], source) if name in classes else None
+
+
+@functools.lru_cache(maxsize=4)
+def _homes(within: str) -> dict[str, Path]:
+    """Return the modules that define the classes in a folder of diffusers and its subfolders, by class."""
+    root, found = folder(within), dict[str, Path]()
     for file in [] if root is None else sorted(root.rglob("*.py")):
-        source = file.read_bytes()
-        if f"class {name}".encode() in source:
-            node = next((node for node in _classes(source) if node.name == name), None)
-            if node is not None:
-                return node, source
-    return None
+        for text in file.read_bytes().split(b"\nclass ")[1:]:
+            if name := _NAME.match(text):
+                found.setdefault(name[0].decode(), file)
+    return found
+
+
+@functools.lru_cache(maxsize=256)
+def _module(file: Path) -> tuple[dict[str, ast.ClassDef], bytes]:
+    """Return the classes at the top level of a module, and its source."""
+    source = file.read_bytes()
+    return {node.name: node for node in _classes(source)}, source
 
 
 @functools.lru_cache(maxsize=4)
@@ -54,7 +69,7 @@ def definitions(within: str) -> dict[str, ast.ClassDef]:
     """Return all classes at the top level of the modules in a folder of diffusers, without its subfolders."""
     root = folder(within)
     files = [] if root is None else sorted(root.glob("*.py"))
-    return {node.name: node for file in files for node in _classes(file.read_bytes())}
+    return {name: node for file in files for name, node in _module(file)[0].items()}
 
 
 def _classes(source: bytes) -> Iterator[ast.ClassDef]:

@@ -20,7 +20,7 @@ from shardit.engine.process.channel import Channel
 from shardit.engine.process.memory import reset_peak
 from shardit.engine.process.messages import Begin, Cancel, OutOfMemory
 from shardit.engine.rank.batches import BatchPrograms
-from shardit.engine.rank.counts import Counts, readable
+from shardit.engine.rank.command_counts import Counts, readable
 from shardit.engine.rank.outcomes import Outcomes, ReceivedRequest
 from shardit.engine.rank.programs import Programs
 from shardit.errors import InputError

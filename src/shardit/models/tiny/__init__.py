@@ -41,17 +41,21 @@ def names() -> tuple[str, ...]:
 
 
 def write(name: str, folder: str | Path, *, dtype: str | torch.dtype = "float32") -> Path:
-    """Writes the checkpoint as a diffusers folder and returns its path; the same tensors on every machine."""
+    """Writes the checkpoint as a diffusers folder (a folder of transformers for a language model) and returns its path;
+    the same tensors on every machine."""
+    from shardit.models.tiny import language
     from shardit.models.tiny.plain import as_dtype
     from shardit.models.tiny.recipes.catalog import recipe
     from shardit.models.tiny.writer import write_folder
 
     folder = Path(folder).absolute()
-    chosen = recipe(name)
+    chosen = None if name in language.CONFIGURATIONS else recipe(name)
     check_name("folder", folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not an empty folder")
     try:
+        if chosen is None:
+            return language.write(name, folder, as_dtype(dtype))
         return write_folder(name, chosen, folder, as_dtype(dtype))
     except OSError as error:
         raise InputError(f"cannot write {folder} ({error.strerror or error}); choose another folder") from error

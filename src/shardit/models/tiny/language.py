@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shardit.models.tiny.cache import PREFIX, cache_root, fingerprint
 from shardit.models.tiny.weights import fill
+
+if TYPE_CHECKING:
+    import torch
 
 _SIZES = {"hidden_size": 64, "num_hidden_layers": 4}
 _ATTENTION = {**_SIZES, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
@@ -33,24 +37,26 @@ def language_folder(model: str) -> Path | None:
         return None
     folder = cache_root() / "tiny" / f"{name}-{fingerprint()}"
     if not folder.is_dir():
-        write(name, folder)
+        with contextlib.suppress(FileExistsError):  # another process finished the same
+            write(name, folder)
     return folder
 
 
-def write(name: str, folder: Path) -> None:
-    """Write a model, in another folder first: the folder is whole or absent."""
+def write(name: str, folder: Path, dtype: torch.dtype | None = None) -> Path:
+    """Write a model, in another folder first: the folder is whole or absent. Raises OSError if it exists and is not
+    empty."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        _save(name, scratch)
+        _save(name, scratch, dtype)
         scratch.chmod(0o755)
-        if not folder.is_dir():  # another process may have finished the same
-            scratch.rename(folder)
+        scratch.rename(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    return folder
 
 
-def _save(name: str, folder: Path) -> None:
+def _save(name: str, folder: Path, dtype: torch.dtype | None) -> None:
     import torch
     import transformers
 
@@ -61,7 +67,7 @@ def _save(name: str, folder: Path) -> None:
     fill(model, name)
     model.generation_config = transformers.GenerationConfig(pad_token_id=0, eos_token_id=1)
     model.should_save_on_this_rank = lambda is_main_process=True: True
-    model.eval().save_pretrained(str(folder))
+    model.to(dtype or torch.float32).eval().save_pretrained(str(folder))
     tokens.save_pretrained(str(folder))
 
 

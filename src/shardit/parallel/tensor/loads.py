@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from shardit.core.placement.slices import Shards
+from shardit.parallel.tensor.gather_module import FUSED, fused_cut, part_at
 from shardit.parallel.tensor.heads import join, owner_of
 from shardit.parallel.tensor.plan import TensorPlan
-from shardit.parallel.tensor.whole import FUSED, fused_cut, part_at
 
 LOADS = "_shardit_loads"
 """Attribute of a cut module."""

@@ -12,7 +12,7 @@ from shardit.core.placement.slices import Parts, Shards, even
 from shardit.errors import UnsupportedError
 from shardit.parallel.tensor import rules as rules
 from shardit.parallel.tensor.heads import Heads, has_hooks, join, owner_of, runs_as
-from shardit.parallel.tensor.numbers import number_at
+from shardit.parallel.tensor.module_sizes import number_at
 
 PLAIN = "_shardit_plain"
 """The attribute of classes made for a role, or for an adapter: the original class."""

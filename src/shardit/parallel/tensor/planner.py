@@ -18,6 +18,7 @@ from shardit.core.placement.slices import Parts, Shards, even, even_runs, one_be
 from shardit.errors import UnsupportedError
 from shardit.parallel.tensor import rules as rules
 from shardit.parallel.tensor.check.kept import exposing_attribute
+from shardit.parallel.tensor.experts_and_mixers import channel_states, delta_states, experts, head_states
 from shardit.parallel.tensor.found.rest import cut_rest
 from shardit.parallel.tensor.heads import (
     Heads,
@@ -38,7 +39,6 @@ from shardit.parallel.tensor.heads import (
 from shardit.parallel.tensor.plan import Cutter, NormPair, Role, TensorPlan
 from shardit.parallel.tensor.processors import processor_parts
 from shardit.parallel.tensor.rules import Family
-from shardit.parallel.tensor.states import channel_states, delta_states, experts, head_states
 
 Noted = TypeVar("Noted")
 """Entry of a table of a `Family` for a class."""

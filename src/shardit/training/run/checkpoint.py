@@ -15,10 +15,10 @@ import torch
 
 from shardit.core.comm.group import GroupCoordinator
 from shardit.errors import InputError, first_line
-from shardit.training.run.pieces import Contents, own_part, pieces_of, place_of
-from shardit.training.run.places import CHECKPOINTS, RECORD
+from shardit.training.run.run_folder import CHECKPOINTS, RECORD
 from shardit.training.run.steps.optimizers import found_by, set_found, set_state, state_of
 from shardit.training.run.steps.trained import Trained
+from shardit.training.run.tensor_pieces import Contents, own_part, pieces_of, place_of
 
 _FIELDS = {"step", "files", "average_updates", "settings", "identity"}
 """Required entries of a record."""

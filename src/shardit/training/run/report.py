@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shardit.settings.environment import PROGRESS, switch
-from shardit.training.run.places import EVENTS, METRICS
+from shardit.training.run.run_folder import EVENTS, METRICS
 
 LINES = 20
 """Lines of progress in a run whose standard error is no terminal, about."""

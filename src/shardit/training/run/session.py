@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from shardit.core.comm.mesh import init_mesh
 from shardit.engine.process.channel import Channel, Closed
-from shardit.engine.rank.counts import readable
+from shardit.engine.rank.command_counts import readable
 from shardit.training.run.messages import Began, Ended, TrainSpec
 from shardit.training.run.train import train
 

@@ -17,9 +17,9 @@ from shardit.core.runtime.randomness import seed_all
 from shardit.errors import InputError, RankError
 from shardit.training.recipe import TrainingRecipe
 from shardit.training.run.checkpoint import Checkpoints, TrainingCheckpoint, find, restore
-from shardit.training.run.places import AVERAGE, CHECKPOINTS, SAMPLES
 from shardit.training.run.report import Report
 from shardit.training.run.resume import compare, record_of
+from shardit.training.run.run_folder import AVERAGE, CHECKPOINTS, SAMPLES
 from shardit.training.run.steps.optimizers import try_optimizer
 from shardit.training.run.steps.rates import check_warmup, rate
 from shardit.training.run.steps.shares import Shares, draw

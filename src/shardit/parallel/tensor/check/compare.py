@@ -19,9 +19,9 @@ from shardit.core.placement.gathered import gathered
 from shardit.core.placement.slices import shards
 from shardit.core.runtime.randomness import States, is_generator, moved, set_states, states
 from shardit.errors import RankError
+from shardit.parallel.tensor.gather_module import temporarily_whole
 from shardit.parallel.tensor.plan import TensorPlan
 from shardit.parallel.tensor.rules import HEAD_COUNTS
-from shardit.parallel.tensor.whole import temporarily_whole
 
 CLOSE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1.6e-2}
 """Largest relative L2 difference between the result on slices and the whole result. Wrong heads give 0.1 and more, sums

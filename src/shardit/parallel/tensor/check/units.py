@@ -34,11 +34,11 @@ from shardit.parallel.attention.hook import attention_is_intercepted
 from shardit.parallel.block_signature import fingerprint, value_key
 from shardit.parallel.tensor.check.compare import Comparison, is_agent
 from shardit.parallel.tensor.check.kept import exposing_attribute
+from shardit.parallel.tensor.gather_module import make_whole
 from shardit.parallel.tensor.heads import join
 from shardit.parallel.tensor.plan import TensorPlan
 from shardit.parallel.tensor.processors import adopt_processors, attentions_in, mark_cut
 from shardit.parallel.tensor.rules import Family
-from shardit.parallel.tensor.whole import make_whole
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from shardit.settings.model_options import ModelOptions
 from shardit.settings.paths import user_path
 from shardit.training.data.shapes import kind_and_count
 from shardit.training.limits import check_degrees
-from shardit.training.run.places import METRICS
+from shardit.training.run.run_folder import METRICS
 from shardit.training.run.steps.rates import check_warmup
 from shardit.training.settings import STEPS, TrainSettings
 

@@ -17,7 +17,7 @@ from shardit.core.placement.slices import Shards
 from shardit.core.runtime.randomness import seed_all
 from shardit.errors import InputError, listed
 from shardit.training.recipe import TrainingRecipe
-from shardit.training.run.places import AVERAGE
+from shardit.training.run.run_folder import AVERAGE
 from shardit.training.run.steps.average import Average
 from shardit.training.run.steps.optimizers import make_optimizer
 from shardit.training.run.steps.sharded import broadcast_owned, share_out

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from shardit.core.placement.slices import Shards, even, shards
-from shardit.training.run.pieces import own_part, place_of
+from shardit.training.run.tensor_pieces import own_part, place_of
 
 WHOLE = torch.arange(48).view(4, 12)
 CUTS = {

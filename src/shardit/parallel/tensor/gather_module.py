@@ -14,7 +14,7 @@ from shardit.core.placement.gathered import gathered
 from shardit.core.placement.slices import Shards, one_behind_the_other
 from shardit.core.runtime.yielding import without_yielding
 from shardit.parallel.tensor.heads import join
-from shardit.parallel.tensor.numbers import number_at, set_number
+from shardit.parallel.tensor.module_sizes import number_at, set_number
 from shardit.parallel.tensor.plan import PLAIN, WHOLE, TensorPlan
 
 FUSED = {

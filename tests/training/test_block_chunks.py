@@ -11,7 +11,7 @@ from torch import nn
 
 from shardit import UnsupportedError, training
 from shardit.config import DiffusionParallelConfig
-from shardit.training.placing import Placing, placing
+from shardit.training.block_chunks import Placing, placing
 from tests.support.ranks import run_ranks
 from tests.training.cases import Odd, odd
 from tests.training.runs import join, one_step

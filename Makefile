@@ -9,20 +9,23 @@ unexport PYTHONDONTWRITEBYTECODE
 # Processes that run tests, each a whole file: while one waits, another computes.
 WORKERS ?= 2
 
-.PHONY: demo test test-full matrix survey coverage transformers languages lint api size bench bench-serve gpu install clean
+.PHONY: demo test test-long test-full matrix survey coverage transformers languages lint api size bench bench-serve gpu install clean
 
 demo: export DEMO_STARTED := $(shell date +%s)
 demo: install ## two stages make a video; compared with one rank
 	$(BIN)/python examples/demo.py
 
-test: install ## the fast tests
-	$(BIN)/python -m pytest -m "not full" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+test: install ## the tests, but those that take longest
+	$(BIN)/python -m pytest -m "not full and not long" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+test-long: install ## the tests that take longest
+	$(BIN)/python -m pytest -m "long and not full" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-full: install ## all tests, the long matrix too
 	$(BIN)/python -m pytest
 
 # In a clone, as marks change the package; its tests of texts of the package fail there.
-coverage: install ## share of the statements of src/ that the fast tests run
+coverage: install ## share of the statements of src/ that all tests but the matrix run
 	rm -rf .marked && git clone --quiet . .marked && $(BIN)/python -m tests.support.coverage_marks mark .marked
 	-cd .marked && PYTHONPATH=src:. ../$(BIN)/python -m pytest -q -m "not full" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 	$(BIN)/python -m tests.support.coverage_marks report .marked

@@ -14,7 +14,7 @@ import torch
 from shardit import DiffusionParallelConfig
 from shardit.core.comm.group import GroupCoordinator
 from shardit.core.comm.mesh import init_mesh
-from shardit.core.decoder.stages import DecoderStages
+from shardit.core.decoder.decoder_stages import DecoderStages
 from shardit.core.stages.runtime import Runtime
 from shardit.language.sharding import lay_out_decoder, shard_decoder
 from tests.support.ranks import run_ranks

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests.support import long_tests
+
 TESTS = Path(__file__).parent
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -54,7 +56,11 @@ LONGEST_FIRST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the tests of long files first."""
+    """Mark the long tests, and put the tests of long files first."""
+    ids = long_tests.listed()
+    for item in items:
+        if long_tests.is_long(item.nodeid, ids):
+            item.add_marker("long")
     places = {str(TESTS / name): place for place, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: places.get(str(item.path), len(places)))
 

@@ -82,7 +82,7 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(importlib.import_module(_PLACES[name]), name)
     except ModuleNotFoundError as error:
-        from shardit.loading.missing import missing_package
+        from shardit.loading.missing_packages import missing_package
 
         if (error.name or "").partition(".")[0] == __name__:
             raise

@@ -32,7 +32,7 @@ def main() -> int:
 def _failed_import(error: Exception) -> int:
     """Return the exit code of an error within the imports of the command line: Ctrl-C, or a missing package."""
     from shardit.errors import is_interrupt
-    from shardit.loading.missing import missing_package
+    from shardit.loading.missing_packages import missing_package
 
     if is_interrupt(error):
         return INTERRUPTED

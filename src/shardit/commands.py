@@ -13,7 +13,7 @@ from shardit.engine.process.process import is_first_rank
 from shardit.errors import InputError
 from shardit.flags import InspectFlags
 from shardit.loading.dtypes import setting
-from shardit.loading.missing import FRAMEWORKS, SERVER, check_installed
+from shardit.loading.missing_packages import FRAMEWORKS, SERVER, check_installed
 from shardit.logs import FORMAT_VARIABLE
 
 if TYPE_CHECKING:

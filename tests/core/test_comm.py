@@ -25,7 +25,7 @@ from shardit.core.comm.wire import (
 from shardit.core.placement.assignment import Cut
 from shardit.core.placement.partition import place_blocks
 from shardit.core.runtime.pending import PendingTensor
-from shardit.core.stages.stages import Runtime, stage
+from shardit.core.stages.transformer_stages import Runtime, stage
 from shardit.errors import InputError, RankError, UnsupportedError
 from tests.support.ranks import run_ranks
 

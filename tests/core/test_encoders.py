@@ -22,7 +22,7 @@ from shardit.core.components.owned import LazyBroadcast
 from shardit.core.modules.units import Unit, find_units
 from shardit.core.placement.balance import Loads, distribute, in_runs
 from shardit.core.placement.slices import even
-from shardit.core.stages.stages import Runtime
+from shardit.core.stages.transformer_stages import Runtime
 from shardit.loading.safetensors_file import Reads
 from shardit.models import tiny
 from tests.support import brought

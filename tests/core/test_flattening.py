@@ -16,7 +16,7 @@ from shardit.core.placement.assignment import Cut
 from shardit.core.placement.partition import place_blocks
 from shardit.core.stages.entry import entry_of
 from shardit.core.stages.runtime import Runtime
-from shardit.core.stages.stages import stage
+from shardit.core.stages.transformer_stages import stage
 from tests.support.ranks import run_ranks
 
 flattened: Counter[str] = Counter()

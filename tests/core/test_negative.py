@@ -17,7 +17,7 @@ from shardit.core.comm.p2p import Comm
 from shardit.core.comm.wire import pack_layout
 from shardit.core.plans import traced_call
 from shardit.core.plans.call_plan import CallPlan
-from shardit.core.stages.stages import Runtime
+from shardit.core.stages.transformer_stages import Runtime
 from shardit.errors import RankError, UnsupportedError
 from tests.support.awkward_models import MODELS, WIDTH
 from tests.support.ranks import run_ranks

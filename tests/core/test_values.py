@@ -16,7 +16,7 @@ import shardit
 from shardit import DiffusionParallelConfig
 from shardit.core.runtime.pending import materialize
 from shardit.core.runtime.program import Program
-from shardit.core.stages.stages import Runtime, TransformerStages
+from shardit.core.stages.transformer_stages import Runtime, TransformerStages
 from tests.pipelines.entry import entries
 from tests.support.awkward_models import WIDTH, Plain
 from tests.support.ranks import run_ranks

@@ -490,7 +490,7 @@ def test_the_same_frames_give_the_same_file(size, tmp_path):
 
 
 def test_a_package_that_a_format_needs_is_missed_before_anything_is_made(tmp_path, monkeypatch):
-    monkeypatch.setattr("shardit.loading.missing.is_missing", lambda name: name == "av")
+    monkeypatch.setattr("shardit.loading.missing_packages.is_missing", lambda name: name == "av")
     assert check_path(tmp_path / "cat.png", "image")
     with pytest.raises(InputError, match="the module av is not installed; pip install av"):
         check_path(tmp_path / "cat.mp4", "video")

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from shardit.loading.missing import import_failure, missing_package
+from shardit.loading.missing_packages import import_failure, missing_package
 
 HIDE = """
 import importlib.metadata, sys

@@ -20,8 +20,8 @@ from shardit.engine.process.messages import SessionSpec
 from shardit.engine.session import check
 from shardit.errors import InputError
 from shardit.loading.hub import HubRemote, weight_files
+from shardit.loading.model_lists import folders_of
 from shardit.loading.safetensors_file import Reads
-from shardit.loading.several import folders_of
 from shardit.settings.model_options import model_options
 from tests.pipelines.entry import entries
 from tests.pipelines.runs import arrays_of

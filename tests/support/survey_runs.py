@@ -17,7 +17,7 @@ from shardit.core.modules.blocks import find_blocks
 from shardit.core.modules.hints import Plan
 from shardit.core.placement.assignment import Cut
 from shardit.core.placement.partition import ChunkPlacement, block_cost, place_blocks
-from shardit.core.stages.stages import Runtime, TransformerStages, stage
+from shardit.core.stages.transformer_stages import Runtime, TransformerStages, stage
 from shardit.errors import RankError, UnsupportedError
 from tests.support import survey_models
 from tests.support.survey_models import Draw, Entry

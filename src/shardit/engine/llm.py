@@ -45,7 +45,7 @@ from shardit.language.request.prompts import (
 )
 from shardit.language.request.rows import PromptGroup
 from shardit.language.request.sampling_params import SamplingParams
-from shardit.loading.missing import FRAMEWORKS, check_installed
+from shardit.loading.missing_packages import FRAMEWORKS, check_installed
 from shardit.params import RANDOM_SEED
 from shardit.settings.model_options import model_options
 

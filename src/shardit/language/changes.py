@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from shardit.core.comm.collectives import Collectives
-from shardit.core.decoder.stages import DecoderStages
+from shardit.core.decoder.decoder_stages import DecoderStages
 from shardit.core.runtime.randomness import dropout_in_training
 from shardit.errors import UnsupportedError
 from shardit.parallel.tensor.adapters import cut_adapters

@@ -12,15 +12,15 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from transformers import GenerationConfig, QuantizedCache
 
+from shardit.core.decoder.decoder_stages import DecoderStages
 from shardit.core.decoder.stage_tensor import materialized
-from shardit.core.decoder.stages import DecoderStages
 from shardit.core.modules.compiled import refuse_compiling
 from shardit.core.runtime.digests import named
 from shardit.core.runtime.no_gradients import refuse_gradients
 from shardit.core.stages.runtime import Runtime
 from shardit.errors import InputError, UnsupportedError
 from shardit.language.changes import Changes
-from shardit.language.collected import CollectedOutputs
+from shardit.language.collected_outputs import CollectedOutputs
 from shardit.language.user_code import AlikeStreamer, candidates_member, criteria_member, processors_member
 from shardit.parallel.tensor.check.units import Checks
 

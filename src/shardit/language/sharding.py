@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from shardit.config import DiffusionParallelConfig, fitting_partition
 from shardit.core.comm.collectives import Collectives
-from shardit.core.decoder.stages import DecoderStages
+from shardit.core.decoder.decoder_stages import DecoderStages
 from shardit.core.decoder.tensor_exchange import TensorExchange
 from shardit.core.modules.absent import mark_absent, partial_state_dict, refuse_partial_states
 from shardit.core.modules.blocks import drop_blocks, find_blocks
@@ -26,7 +26,7 @@ from shardit.errors import InputError, UnsupportedError
 from shardit.language.cache_size import cache_bytes, request_tokens
 from shardit.language.caches import StageCaches
 from shardit.language.changes import Changes
-from shardit.language.collected import CollectedOutputs
+from shardit.language.collected_outputs import CollectedOutputs
 from shardit.language.generate import call_member, input_embeddings, members_of
 from shardit.language.limits import check_axes
 from shardit.language.tensor import FAMILY, LIBRARIES, describe_replicated, plan_decoder

@@ -19,8 +19,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from shardit.core.comm.collectives import Collectives
 from shardit.core.comm.group import GroupCoordinator
+from shardit.core.decoder.decoder_stages import DecoderStages
 from shardit.core.decoder.stage_tensor import held_as, materialized
-from shardit.core.decoder.stages import DecoderStages
 from shardit.core.runtime.digests import digests
 from shardit.core.stages.runtime import Runtime
 from shardit.errors import RankError, first_line

@@ -229,7 +229,7 @@ def _refuse_dummy(found: object, name: str) -> None:
     packages."""
     backends = getattr(found, "_backends", None)
     if isinstance(found, type) and type(found).__name__ == "DummyObject" and backends:
-        from shardit.loading.missing import is_missing, pip_line
+        from shardit.loading.missing_packages import is_missing, pip_line
 
         lacking = [each for each in backends if is_missing(each)] or backends
         raise UnsupportedError(f"{name} needs {', '.join(lacking)}, which is not installed: {pip_line(lacking)}")

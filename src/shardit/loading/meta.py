@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardit.errors import InputError, UnsupportedError, first_line
-from shardit.loading.several import class_in, folders_of, is_several
+from shardit.loading.model_lists import class_in, folders_of, is_several
 
 if TYPE_CHECKING:
     import torch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
-from shardit.loading.missing import is_missing
+from shardit.loading.missing_packages import is_missing
 
 
 def unservable(takes: PipelineSignature) -> str:

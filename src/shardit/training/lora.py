@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from shardit.errors import InputError
-from shardit.loading.missing import check_installed
+from shardit.loading.missing_packages import check_installed
 from shardit.training.settings import TrainSettings
 
 _SHOWN = 3

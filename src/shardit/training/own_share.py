@@ -25,7 +25,7 @@ def everything(_: nn.Module) -> Owned:
 
 def share_of(config: DiffusionParallelConfig | None, schedule: str, mesh: Mesh) -> Share:
     """Return the share of this rank, if blocks run in the order of their registration; None: all ranks load all. If
-    they run in another order, the first step sends blocks to the ranks that own them (`core/training/supply.py`).
+    they run in another order, the first step sends blocks to the ranks that own them (`core/training/send_blocks.py`).
 
     Raises InputError and UnsupportedError, when it is called, for a configuration that does not fit a model.
     """

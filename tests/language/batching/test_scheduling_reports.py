@@ -11,7 +11,7 @@ import torch
 
 from shardit import LLM, DiffusionParallelConfig, InputError, SamplingParams
 from shardit.core.comm.mesh import init_mesh
-from shardit.core.decoder.stages import DecoderStages
+from shardit.core.decoder.decoder_stages import DecoderStages
 from shardit.core.stages.runtime import Runtime
 from shardit.language.request.rows import PromptRow
 from shardit.language.sharding import lay_out_decoder, shard_decoder

@@ -211,6 +211,6 @@ def test_a_data_set_that_does_not_fit(monkeypatch: pytest.MonkeyPatch, table: An
 
 
 def test_the_package_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shardit.loading.missing.is_missing", lambda package: package == "datasets")
+    monkeypatch.setattr("shardit.loading.missing_packages.is_missing", lambda package: package == "datasets")
     with pytest.raises(InputError, match=r"^the module datasets is not installed; pip install datasets$"):
         find_items("hf:x")

@@ -19,6 +19,7 @@ from shardit.core.runtime.randomness import generators_kept, torch_states
 from shardit.core.training.check import check_plan
 from shardit.core.training.dry_loss import DryLoss
 from shardit.core.training.first_gradients import Expected, compare_gradients, expected_gradients
+from shardit.core.training.first_loss import WatchedLoss
 from shardit.core.training.gradients.deferred import Deferred
 from shardit.core.training.gradients.holdings import Holdings
 from shardit.core.training.known_plans import KnownLossPlans
@@ -28,8 +29,7 @@ from shardit.core.training.micro_batch import tree_of
 from shardit.core.training.plain_calls import PlainCalls
 from shardit.core.training.schedules import DEFERRING, Schedules, check_owners, owner_of_chunk
 from shardit.core.training.segment import LossRun, StepData
-from shardit.core.training.supply import supply_blocks
-from shardit.core.training.watch import WatchedLoss
+from shardit.core.training.send_blocks import supply_blocks
 from shardit.errors import UnsupportedError
 
 

@@ -18,8 +18,8 @@ from shardit.core.plans.dry_call import PlanMismatch, expected_site
 from shardit.core.plans.stand_ins import blank, stand_ins
 from shardit.core.plans.trace import TraceContext
 from shardit.core.runtime.flat_call import FlatCall
+from shardit.core.training.first_loss import LossTrace
 from shardit.core.training.loss_plan import Layout, LossPlan
-from shardit.core.training.watch import LossTrace
 from shardit.errors import RankError
 
 

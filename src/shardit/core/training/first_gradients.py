@@ -20,12 +20,12 @@ from shardit.core.comm.group import GroupCoordinator
 from shardit.core.comm.p2p import Comm
 from shardit.core.modules.blocks import CutModel, inner_tensors
 from shardit.core.modules.state.buffers import buffers_kept
+from shardit.core.training.first_loss import WatchedLoss
 from shardit.core.training.gradients.block_by_block import BlockNodes
 from shardit.core.training.gradients.holdings import Holdings
 from shardit.core.training.gradients.sums import sum_gradients
 from shardit.core.training.schedules import Schedules
 from shardit.core.training.segment import LossRun, StepData
-from shardit.core.training.watch import WatchedLoss
 from shardit.errors import RankError, UnsupportedError, first_line
 
 CLOSE = {torch.float64: 1e-6, torch.float32: 1e-3}

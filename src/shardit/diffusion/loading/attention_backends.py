@@ -8,7 +8,7 @@ from typing import Any
 
 from shardit.diffusion.loading.diffusers_source import definition, folder
 from shardit.errors import InputError, first_line
-from shardit.loading.missing import is_missing, pip_line
+from shardit.loading.missing_packages import is_missing, pip_line
 
 
 def check_attention_backend(name: str | None) -> None:

@@ -18,9 +18,9 @@ from shardit.loading.checkpoint import Checkpoint, check_variant
 from shardit.loading.dtypes import Setting, check_components, dtype_of
 from shardit.loading.index import Component, damaged_json
 from shardit.loading.meta import build
+from shardit.loading.model_lists import SeveralWeights, is_several
 from shardit.loading.quiet import quiet
 from shardit.loading.safetensors_file import Reads
-from shardit.loading.several import SeveralWeights, is_several
 from shardit.loading.single_file import Original, OriginalText, holds, load_original, loadable, text_encoder
 from shardit.loading.source import ModelSource, locate
 from shardit.loading.transformers_model import load_transformers

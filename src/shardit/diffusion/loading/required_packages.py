@@ -13,7 +13,7 @@ from typing import Any
 from shardit.diffusion.loading import diffusers_source
 from shardit.errors import InputError
 from shardit.loading.index import Component, component_class
-from shardit.loading.missing import FRAMEWORKS, check_installed, is_missing, pip_line
+from shardit.loading.missing_packages import FRAMEWORKS, check_installed, is_missing, pip_line
 from shardit.loading.quiet import quiet
 
 _NAMED = (

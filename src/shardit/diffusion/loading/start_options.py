@@ -12,7 +12,7 @@ from shardit.diffusion.class_homes import VAE_PACKAGE
 from shardit.errors import InputError, UnsupportedError, first_line
 from shardit.loading.hub import unreachable
 from shardit.loading.index import ADAPTER_CONFIG, base_model, read_adapter
-from shardit.loading.missing import is_missing
+from shardit.loading.missing_packages import is_missing
 from shardit.loading.safetensors_file import Header
 from shardit.settings.lora import INTO_SECOND, SECOND, Lora
 from shardit.settings.model_options import ModelOptions

@@ -18,7 +18,7 @@ from shardit.diffusion.output.output import Output
 from shardit.diffusion.request.advice import advice
 from shardit.diffusion.request.returned import IMAGES, SOUND, TEXT, VIDEO
 from shardit.errors import InputError
-from shardit.loading.missing import pip_line
+from shardit.loading.missing_packages import pip_line
 
 if TYPE_CHECKING:
     from shardit.diffusion.request.request import Request

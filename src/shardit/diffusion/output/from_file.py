@@ -13,7 +13,7 @@ from shardit.diffusion.output.encode import EXIF_DESCRIPTION, LEFT_OUT
 from shardit.diffusion.request.pipeline_signature import PipelineSignature, same_setting
 from shardit.diffusion.request.step_lists import replaced_steps
 from shardit.errors import InputError
-from shardit.loading.missing import missing_package
+from shardit.loading.missing_packages import missing_package
 from shardit.settings.model_options import WHOLE
 from shardit.settings.paths import check_name, user_path
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from shardit.diffusion.request.returned import Kind
 from shardit.errors import InputError
-from shardit.loading.missing import check_installed
+from shardit.loading.missing_packages import check_installed
 from shardit.settings.paths import check_name
 
 SUFFIXES: dict[Kind, tuple[str, ...]] = {

@@ -23,7 +23,7 @@ from shardit.core.placement.assignment import Assignment, Cut
 from shardit.core.stages.entry import entry_of, pipeline_entry
 from shardit.core.stages.overlap import overlap
 from shardit.core.stages.runtime import Runtime
-from shardit.core.stages.stages import TransformerStages, stage
+from shardit.core.stages.transformer_stages import TransformerStages, stage
 from shardit.diffusion.family import ADAPTER_SCALES, FAMILY, LIBRARIES, look_up_plain_blocks, wrap_attention_back_ends
 from shardit.diffusion.roles import denoises, left_whole
 from shardit.diffusion.sharding.adapters import collective_fuse, local_set_device

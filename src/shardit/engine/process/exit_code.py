@@ -12,7 +12,7 @@ from typing import Any
 
 from shardit.engine.process.process import is_first_rank
 from shardit.errors import InputError, RankError, is_interrupt, likeliest
-from shardit.loading.missing import missing_package
+from shardit.loading.missing_packages import missing_package
 from shardit.settings.environment import DEBUG, switch
 
 OK, OURS, USERS, INTERRUPTED = 0, 1, 2, 130

@@ -40,7 +40,7 @@ from shardit.engine.process.messages import (
 )
 from shardit.engine.process.process import die_with_parent
 from shardit.errors import InputError
-from shardit.loading.missing import import_failure, missing_package
+from shardit.loading.missing_packages import import_failure, missing_package
 
 PRELOAD = ("torch.distributed", "diffusers.pipelines.pipeline_utils", "transformers.modeling_utils")
 """Imports of every rank. The session's module may have its own PRELOAD, and its check imports more."""

@@ -12,7 +12,7 @@ from shardit.engine.process.channel import Channel, Closed
 from shardit.engine.process.messages import Failed, InputRejected, Ready, SessionSpec
 from shardit.engine.process.process import set_threads
 from shardit.errors import InputError, RankError
-from shardit.loading.missing import missing_package
+from shardit.loading.missing_packages import missing_package
 
 # Messages of gloo, NCCL and their stores about the failure of another rank; some are plain RuntimeErrors.
 _OF_PEER = (

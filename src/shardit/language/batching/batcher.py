@@ -14,7 +14,6 @@ from shardit.core.comm.collectives import Collectives
 from shardit.core.decoder.stage_tensor import StageTensor
 from shardit.core.runtime.program import Program
 from shardit.core.stages.runtime import Runtime
-from shardit.language.batching.ends import Decode, end_of
 from shardit.language.batching.forward import Forward
 from shardit.language.batching.group_run import GroupRun
 from shardit.language.batching.prefixes import PrefixStore, longest_storable
@@ -23,6 +22,7 @@ from shardit.language.batching.prompt_scores import wants_scores
 from shardit.language.batching.sampling import NO_TOKEN, log_probabilities, next_tokens
 from shardit.language.batching.scheduler import BatchLimits, Group, Scheduler
 from shardit.language.batching.sequence import FAILED, Sequence
+from shardit.language.batching.stop_conditions import Decode, end_of
 from shardit.language.grammar.token_masks import TokenMasks
 from shardit.language.request.outputs import GroupOutput, RowResult, ended_by_token
 from shardit.language.request.rows import PromptGroup

@@ -9,7 +9,7 @@ from typing import Any
 
 from shardit.errors import InputError, UnsupportedError, first_line
 from shardit.language.request.structured_outputs import MAX_CHARACTERS, StructuredOutputsParams
-from shardit.loading.missing import check_installed
+from shardit.loading.missing_packages import check_installed
 
 JSON_OPTIONS: dict[str, Any] = {
     "whitespace_pattern": r"( |\n {0,16})?",

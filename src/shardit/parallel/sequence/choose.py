@@ -21,7 +21,7 @@ from torch import nn
 from shardit.core.comm.mesh import Mesh
 from shardit.core.modules.blocks import blocks_named
 from shardit.core.modules.patching import subclass_in_place
-from shardit.core.stages.stages import TransformerStages
+from shardit.core.stages.transformer_stages import TransformerStages
 from shardit.errors import InputError, UnsupportedError
 from shardit.parallel.attention.sequence_attention import SequenceAttention
 from shardit.parallel.sequence.declared.model import PlannedSequence, read_planned

@@ -20,7 +20,7 @@ from shardit.core.placement.slices import Shards, Slice
 from shardit.core.runtime.digests import named
 from shardit.errors import UnsupportedError, first_line
 from shardit.parallel.tensor.forward import unless_whole
-from shardit.parallel.tensor.loads import take_slices, takes_slices
+from shardit.parallel.tensor.load_state_dict import take_slices, takes_slices
 from shardit.parallel.tensor.modules import FINISH, unfinished
 from shardit.parallel.tensor.plan import PLAIN, TensorPlan
 

@@ -23,7 +23,7 @@ from shardit.core.placement.slices import Owned, Shards, Slice
 from shardit.errors import UnsupportedError
 from shardit.parallel.tensor.adapters import adapter_members, base_linears, cut_adapters, refuse_adapters
 from shardit.parallel.tensor.check.units import watch_units
-from shardit.parallel.tensor.loads import take_slices_of
+from shardit.parallel.tensor.load_state_dict import take_slices_of
 from shardit.parallel.tensor.module_sizes import set_number
 from shardit.parallel.tensor.modules import install_role
 from shardit.parallel.tensor.norms import install_pair

@@ -16,7 +16,7 @@ from shardit.core.modules.fingerprint import PROCESSOR
 from shardit.core.placement.slices import Shards
 from shardit.errors import UnsupportedError
 from shardit.parallel.tensor.heads import is_linear, join
-from shardit.parallel.tensor.loads import take_slices
+from shardit.parallel.tensor.load_state_dict import take_slices
 from shardit.parallel.tensor.modules import install_role
 from shardit.parallel.tensor.plan import Role, TensorPlan
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from shardit.loading.missing import missing_package
+from shardit.loading.missing_packages import missing_package
 from shardit.server.process.api_process import UNABLE
 
 

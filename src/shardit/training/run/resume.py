@@ -12,7 +12,7 @@ from shardit.config import DiffusionParallelConfig
 from shardit.errors import InputError
 from shardit.training.data.identity import difference
 from shardit.training.recipe import TrainingRecipe
-from shardit.training.run.contents import contents_of, snapshot_of
+from shardit.training.run.model_digest import contents_of, snapshot_of
 from shardit.training.settings import TrainSettings
 
 _FREE = (

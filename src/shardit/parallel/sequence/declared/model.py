@@ -26,7 +26,7 @@ from shardit.core.runtime.microbatch import CLOSE
 from shardit.core.runtime.pending import materialize
 from shardit.core.runtime.randomness import generators_kept
 from shardit.core.runtime.yielding import without_yielding
-from shardit.core.stages.stages import TransformerStages
+from shardit.core.stages.transformer_stages import TransformerStages
 from shardit.errors import InputError, RankError, UnsupportedError
 from shardit.parallel.attention.block_attention import DONE, FAILED, exchange_state
 from shardit.parallel.attention.hook import intercept_attention

@@ -27,7 +27,7 @@ from shardit.core.runtime.flat_call import modes
 from shardit.core.runtime.numbers_seen import NumbersSeen, floats_in
 from shardit.core.runtime.pending import PendingTensor, materialize, materialize_leaves
 from shardit.core.runtime.randomness import generators_kept
-from shardit.core.stages.stages import TransformerStages
+from shardit.core.stages.transformer_stages import TransformerStages
 from shardit.errors import RankError, UnsupportedError
 from shardit.parallel.attention.block_attention import BlockAttention, in_step
 from shardit.parallel.attention.hook import intercept_attention

@@ -12,7 +12,7 @@ from torch import nn
 from shardit.core.runtime.versions import version_of
 from shardit.parallel.tensor.adapters import base_linears
 from shardit.parallel.tensor.check.taken_data import watch_data, written_by_data
-from shardit.parallel.tensor.loads import loads_of
+from shardit.parallel.tensor.load_state_dict import loads_of
 from shardit.parallel.tensor.plan import TensorPlan
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from shardit.diffusion.request.images import Mode
 from shardit.errors import InputError, first_line
-from shardit.loading.missing import check_installed
+from shardit.loading.missing_packages import check_installed
 from shardit.training.data.images import extent_of, plain
 from shardit.training.data.items import FoundItems, Item, found
 from shardit.training.data.media import Extent, Reading, array, fit

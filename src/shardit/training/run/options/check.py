@@ -12,7 +12,7 @@ from shardit.language.loading.source import named_decoder
 from shardit.language.preflight import check_decoder
 from shardit.loading.dtypes import setting
 from shardit.loading.index import base_model, read_adapter
-from shardit.loading.missing import FRAMEWORKS, check_installed, is_missing, pip_line
+from shardit.loading.missing_packages import FRAMEWORKS, check_installed, is_missing, pip_line
 from shardit.settings.checks import text_problem
 from shardit.settings.declare import check_declared
 from shardit.settings.model_options import ModelOptions

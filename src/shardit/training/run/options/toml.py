@@ -12,7 +12,7 @@ from typing import Any
 
 from shardit.config import DiffusionParallelConfig
 from shardit.errors import InputError, did_you_mean, first_line
-from shardit.loading.missing import missing_package
+from shardit.loading.missing_packages import missing_package
 from shardit.settings.declare import Flag, declared
 from shardit.training.settings import TrainSettings
 

@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from diffusers.models.attention_processor import AttnProcessor2_0
 
 import shardit
 from shardit import Omni
+from shardit.core.modules.fingerprint import Change
+from shardit.diffusion.sharding.component_sharding import _describe
 from shardit.errors import InputError
 from tests.support.brought import mapped, run
 from tests.support.fork_servers import kept_fork_server
@@ -51,6 +54,37 @@ def test_over_ranks() -> None:
             else:
                 assert torch.equal(made, expected)
     assert not fused(mapped("flux"), "transformer")
+
+
+def unfused_vae(pipe: Any) -> list[torch.Tensor]:
+    """Pictures of a pipeline whose VAE is fused, then not, then fused again."""
+    made = []
+    for change in ("fuse", "unfuse", "fuse"):
+        getattr(pipe.vae, f"{change}_qkv_projections")()
+        made.append(run(pipe, "flux", output_type="pt"))
+    return made
+
+
+def unfused_on_ranks(rank: int, count: int, method: str) -> list[torch.Tensor]:
+    dist.init_process_group("gloo", init_method=method, rank=rank, world_size=count)
+    return unfused_vae(shardit.load("tiny/flux", dtype="float32", pipeline_parallel_size=2))
+
+
+def test_a_vae_is_fused_and_unfused_after_the_spread() -> None:
+    expected = unfused_vae(mapped("flux"))
+    for made in run_ranks(2, unfused_on_ranks):
+        assert all(map(torch.equal, made, expected))
+
+
+def test_changes_are_described_alike_on_all_ranks() -> None:
+    """Addresses of objects differ, and so does the order of sets of strings."""
+
+    def text(names: str) -> str:
+        before = {"a.processor": AttnProcessor2_0(), "b": [AttnProcessor2_0(), (1.5, {*names})]}
+        return _describe(Change("", "original_attn_processors", before, {}))
+
+    assert text("xyz") == text("zyx")
+    assert text("xyz") != text("xy")
 
 
 @pytest.mark.parametrize(

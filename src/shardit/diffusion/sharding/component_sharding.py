@@ -38,10 +38,6 @@ SAFE_METHODS = ("fuse_qkv_projections", "unfuse_qkv_projections", "_apply")
 (`_apply`, used by `to`, `half` ...) to another dtype or memory format."""
 
 
-ORDERED = (list, tuple, dict)
-"""Collections of settings whose `repr` is equal on every rank."""
-
-
 _PARENTS: WeakKeyDictionary[nn.Module, tuple[str, bool]] = WeakKeyDictionary()
 """For each module inside a sharded component: the title of the component, and whether every rank has all of the
 module's own parameters."""
@@ -268,10 +264,18 @@ def _class_module(module: nn.Module) -> str:
 
 def _describe(change: Change) -> str:
     """Describe a change with text that is equal on every rank."""
-    values = (
-        repr(v) if type(v) in (*PLAIN, *ORDERED) else plain_class(v).__qualname__ for v in (change.before, change.now)
-    )
-    return " ".join((change.path, *values))
+    return " ".join((change.path, _value_text(change.before), _value_text(change.now)))
+
+
+def _value_text(value: Any) -> str:
+    """Describe a value. Objects, also inside collections, are named by their class: their `repr` may have an
+    address."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_value_text(key)}: {_value_text(item)}' for key, item in value.items())}}}"
+    if isinstance(value, (list, tuple, set, frozenset)):
+        items = map(_value_text, value)
+        return f"{type(value).__name__}({', '.join(items if isinstance(value, (list, tuple)) else sorted(items))})"
+    return repr(value) if type(value) in PLAIN else plain_class(value).__qualname__
 
 
 def _shortened(paths: list[str]) -> str:

@@ -330,7 +330,7 @@ def test_dtypes_by_component():
         ({}, "must name components"),
         ({1: "fp32"}, "must name components"),
         ({"vae": None}, "'None' is not known"),
-        (torch.int8, "use float32, bfloat16 or float16"),
+        (torch.int8, "use float32, bfloat16, float16 or float64"),
     ]:
         with pytest.raises(InputError, match=re.escape(says)) as error:
             setting(wrong, "--dtype")

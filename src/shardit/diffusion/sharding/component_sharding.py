@@ -15,7 +15,7 @@ from shardit.core.modules.compiled import unwrap_parts
 from shardit.core.modules.fingerprint import PROCESSOR, Change, Fingerprint
 from shardit.core.modules.hints import Plan
 from shardit.core.modules.patching import plain_class, subclass_in_place
-from shardit.core.modules.snapshot import PLAIN
+from shardit.core.modules.snapshot import COLLECTIONS, PLAIN
 from shardit.core.placement.assignment import Assignment
 from shardit.core.runtime.digests import short_hash
 from shardit.core.runtime.randomness import dropout_in_training
@@ -270,11 +270,9 @@ def _describe(change: Change) -> str:
 def _value_text(value: Any) -> str:
     """Describe a value. Objects, also inside collections, are named by their class: their `repr` may have an
     address."""
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{_value_text(key)}: {_value_text(item)}' for key, item in value.items())}}}"
-    if isinstance(value, (list, tuple, set, frozenset)):
-        items = map(_value_text, value)
-        return f"{type(value).__name__}({', '.join(items if isinstance(value, (list, tuple)) else sorted(items))})"
+    if isinstance(value, COLLECTIONS):
+        items = map(_value_text, value.items() if isinstance(value, dict) else value)
+        return f"{type(value).__name__}({', '.join(sorted(items) if isinstance(value, (set, frozenset)) else items)})"
     return repr(value) if type(value) in PLAIN else plain_class(value).__qualname__
 
 

@@ -28,19 +28,18 @@ def serve(flags: ServeFlags) -> int:
     check_installed(SERVER)
     options = flags.options()
     os.environ[FORMAT_VARIABLE] = flags.log_format.value  # all processes of the server inherit it
+    if not options.of_language:
+        _check_pipeline(options)
     if started_by_torchrun(os.environ):
         from shardit.server.entry.torchrun_agent import serve_as_rank
 
-        _check_model(options)
         return serve_as_rank(options)
     from shardit.server.entry.serve import serve as run
 
-    return run(options, check=lambda: _check_model(options))
+    return run(options)
 
 
-def _check_model(options: ServeOptions) -> None:
-    if options.of_language:  # `flags.options()` has checked it
-        return
+def _check_pipeline(options: ServeOptions) -> None:
     from shardit.diffusion.preflight import preflight
     from shardit.diffusion.preflight.static_signature import static_signatures_of_model
     from shardit.server.unservable import unservable

@@ -19,6 +19,7 @@ from PIL import Image
 from shardit.errors import InputError
 from shardit.models import tiny
 from shardit.models.processor import build_processor
+from shardit.models.tiny import language
 from shardit.models.tiny.language import language_folder
 
 BLOCK_LISTS = (
@@ -140,6 +141,20 @@ def test_tiny_language_models_are_written_where_the_user_wants_them(tmp_path: Pa
     assert digest(written) == digest(cast(Path, language_folder("tiny/llama")))
     with pytest.raises(InputError, match="is not an empty folder"):
         tiny.write("llama", written)
+
+
+def test_two_processes_may_write_the_same_language_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that comes second finds the folder there when its own is complete."""
+    monkeypatch.setenv("SHARDIT_CACHE", str(tmp_path))
+    save = language._save
+
+    def save_second(name: str, folder: Path, dtype: torch.dtype | None) -> None:
+        monkeypatch.setattr(language, "_save", save)
+        language_folder(f"tiny/{name}")
+        save(name, folder, dtype)
+
+    monkeypatch.setattr(language, "_save", save_second)
+    assert (cast(Path, language_folder("tiny/llama")) / "config.json").is_file()
 
 
 def test_write_refuses_a_folder_in_use(tmp_path: Path) -> None:

@@ -240,7 +240,7 @@ def test_a_client_that_leaves_the_queue(server: RealServer) -> None:
             server.wait(lambda: metric(server, "shardit_queue_jobs") == 1, "it waits")
         server.wait(lambda: metric(server, "shardit_queue_jobs") == 0, "it is gone", 1.5)
         assert metric(server, "shardit_in_flight_jobs") == slots
-    wait_idle(server, 2.0)
+    wait_idle(server, 5.0)
 
 
 # Deaths.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import tempfile
 from pathlib import Path
@@ -37,8 +36,11 @@ def language_folder(model: str) -> Path | None:
         return None
     folder = cache_root() / "tiny" / f"{name}-{fingerprint()}"
     if not folder.is_dir():
-        with contextlib.suppress(FileExistsError):  # another process finished the same
+        try:
             write(name, folder)
+        except OSError:
+            if not folder.is_dir():  # else another process finished the same
+                raise
     return folder
 
 

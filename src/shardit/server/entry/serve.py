@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,16 +28,10 @@ PORT_RELEASE_TIMEOUT_S = 6.0
 _NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
-def serve(
-    options: ServeOptions,
-    placement: Placement | None = None,
-    grace_s: float = 0.0,
-    check: Callable[[], None] = lambda: None,
-) -> int:
+def serve(options: ServeOptions, placement: Placement | None = None, grace_s: float = 0.0) -> int:
     """Serve until SIGTERM or Ctrl-C; returns the exit code. Raises InputError for errors that the user can correct.
 
-    grace_s: wait for the data folder, in seconds, if an exiting server may still hold it. check: raises InputError for
-    a model that cannot be served; it runs while the API process imports its modules.
+    grace_s: wait for the data folder, in seconds, if an exiting server may still hold it.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the supervisor sets its own handler
     with (
@@ -45,7 +39,6 @@ def serve(
         listening(options.host, options.port, PORT_RELEASE_TIMEOUT_S if was_killed else 0.0) as listener,
         api_process.started(listener) as api,  # it takes longest to import, so it begins before the rest is imported
     ):
-        check()
         import sqlite3
 
         from shardit.server.supervisor.supervisor import Supervisor

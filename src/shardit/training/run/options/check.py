@@ -40,6 +40,9 @@ SHAPES = "shapes:"
 _OTHER_DATA = (SHAPES, "hf:")
 """Beginnings of data that is no path."""
 
+_OF_MODELS = ("model_index.json", "config.json", "adapter_config.json", "*.safetensors", "*.gguf")
+"""Files of models and adapters in their folder."""
+
 
 def check(settings: TrainSettings, config: DiffusionParallelConfig) -> str:
     """Return the module that makes the recipe of the model. Raises InputError for mistakes that need no model."""
@@ -86,6 +89,16 @@ def check_paths(settings: TrainSettings) -> None:
             _check_folder(f"--{name}", user_path(f"--{name}", value))
     if settings.output is not None and (settings.output / METRICS).exists() and not settings.resume:
         raise InputError(f"--output {settings.output} has a run already: add --resume, or name another folder")
+    if settings.output is not None and not (settings.output / METRICS).exists():
+        _check_without_model(settings.output)
+
+
+def _check_without_model(output: Path) -> None:
+    """Raise InputError for a folder with a model that no run has made: the result would replace its files."""
+    folder = user_path("--output", output)
+    model = sorted(path.name for pattern in _OF_MODELS for path in folder.glob(pattern))
+    if model:
+        raise InputError(f"--output {output} holds a model ({model[0]}), which a run replaces: name another folder")
 
 
 def _check_apart(flag: str, data: str, output: Path) -> None:

@@ -371,7 +371,7 @@ def test_frames_that_are_not_used_are_noted(image_format):
 
 def test_pipes_are_read_if_they_are_open_and_refused_if_named(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(InputError, match="pipe.png is a named pipe, not a regular file; choose another"):
+    with pytest.raises(InputError, match=r"pipe\.png is a named pipe, not a regular file; choose another"):
         open_image(tmp_path / "pipe.png")
     read, write = os.pipe()  # as of <(command) in a shell
     os.write(write, encoded(Image.new("RGB", (8, 4), "white"), "PNG"))

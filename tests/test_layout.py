@@ -235,7 +235,7 @@ BUDGET = {
     "parallel": 5250,
     "server": 5324,
     "settings": 464,
-    "training": 4278,
+    "training": 4279,
 }
 """Lines of code of each folder, as `make size` counts them; a number is raised on purpose, or not at all."""
 

@@ -18,6 +18,7 @@ from shardit.settings.declare import check_declared
 from shardit.settings.model_options import ModelOptions
 from shardit.settings.paths import user_path
 from shardit.training.data.shapes import kind_and_count
+from shardit.training.language.only_diffusion import check_settings
 from shardit.training.limits import check_degrees
 from shardit.training.run.run_folder import METRICS
 from shardit.training.run.steps.rates import check_warmup
@@ -158,6 +159,7 @@ def _check_model(settings: TrainSettings, config: DiffusionParallelConfig) -> st
         )
     source = named_decoder(settings.model)
     if source is not None:
+        check_settings(settings)
         check_decoder(source, sliced, None)
         return LANGUAGE
     check_installed(("diffusers",))

@@ -187,7 +187,8 @@ def test_the_folder_of_a_model_is_no_output(capsys: pytest.CaptureFixture[str], 
 
 def test_settings_of_diffusion_are_refused_for_texts(tmp_path: Path) -> None:
     """Before torch is imported: the check of a run finds them."""
-    for words in ({"num_frames": 5}, {"resolution": "64x64"}, {"background": "black"}):
+    given: tuple[dict[str, Any], ...] = ({"num_frames": 5}, {"resolution": "64x64"}, {"background": "black"})
+    for words in given:
         settings = TrainSettings(model="tiny/llama", data="shapes:still", output=tmp_path / "out", **words)
         with pytest.raises(InputError, match=f"{next(iter(words))}: tiny/llama is a language model, which takes none"):
             check(settings, DiffusionParallelConfig())

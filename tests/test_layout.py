@@ -225,17 +225,17 @@ def test_the_server_imports_no_torch() -> None:
 
 
 BUDGET = {
-    ".": 1322,
+    ".": 1328,
     "core": 7798,
-    "diffusion": 4046,
+    "diffusion": 4053,
     "engine": 3060,
     "language": 2814,
     "loading": 1428,
     "models": 932,
     "parallel": 5250,
     "server": 5324,
-    "settings": 461,
-    "training": 4269,
+    "settings": 464,
+    "training": 4279,
 }
 """Lines of code of each folder, as `make size` counts them; a number is raised on purpose, or not at all."""
 

@@ -137,7 +137,10 @@ class GenerateFlags(
             check_path(self.output or "output.png")
         self.omni_arguments()
         prompts, params = self.prompts(), self.sampling_params()
-        takes, with_image = static_signatures_of_model(split_model(self.model, self.config, self.model_options())[0])
+        model, options = split_model(self.model, self.config, self.model_options())
+        takes, with_image = static_signatures_of_model(model)
+        if writes and self.output:
+            self._check_apart({*options.single_files.values(), *(lora.path for lora in options.lora)})
         if takes is None:
             for image in self.images:
                 open_image(image)
@@ -150,6 +153,11 @@ class GenerateFlags(
             check_path(path, kinds, transparent=takes.image_mode == "RGBA", size=size)
             for file in numbered(Path(path), params.num_outputs_per_prompt)[-1:]:
                 check_name("output", file)
+
+    def _check_apart(self, weights: set[str]) -> None:
+        """Raise InputError for an output that would replace a file of weights."""
+        if str(Path(self.output or "").resolve()) in weights:
+            raise InputError(f"output {self.output} is a file of the model or a LoRA; choose another name")
 
     def check_file(self, takes: PipelineSignature) -> None:
         """Raise InputError if --from-file names a file of another model that does not go with this one."""

@@ -421,3 +421,15 @@ def test_options_of_the_command_line_and_the_server(loras: list[str], capsys: py
     assert model_options(**{name: arguments[name] for name in OPTION_NAMES if name in arguments}) == served.loading
     assert main(["generate", "--model=tiny/flux", "--prompt=a", "--scheduler-arg=shift"]) == 2
     assert "--scheduler-arg must be name=value" in capsys.readouterr().err
+
+
+def test_the_output_is_no_file_of_weights(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Numbers of images are written as safetensors, too, and would replace the weights that they were made with."""
+    file = tmp_path / "weights.safetensors"
+    file.touch()
+    base = ["generate", "--model=tiny/flux", "--prompt=a", f"--output={file}"]
+    for flag in (f"--lora={file}:0.5", f"--single-file=transformer={file}"):
+        assert main([*base, flag]) == 2
+        assert "weights.safetensors is a file of the model or a LoRA; choose another name" in capsys.readouterr().err
+    assert main(["generate", f"--model={file}", "--config=tiny/flux", *base[2:]]) == 2
+    assert "is a file of the model or a LoRA" in capsys.readouterr().err

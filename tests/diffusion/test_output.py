@@ -360,6 +360,28 @@ def test_exif_rotation_is_applied(image_format):
     assert upright.info == {}
 
 
+@pytest.mark.parametrize("image_format", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_frames_that_are_not_used_are_noted(image_format):
+    first, second = Image.new("RGB", (8, 4), "white"), Image.new("RGB", (8, 4), "black")
+    animation = encoded(first, image_format, save_all=True, append_images=[second])
+    assert image_notes({"image": open_image(animation)}) == ["image: the first of its 2 frames was used"]
+    photo = encoded(first, "MPO", save_all=True, append_images=[second])  # others are previews, or of other lenses
+    assert image_notes({"image": open_image(photo)}) == []
+
+
+def test_pipes_are_read_if_they_are_open_and_refused_if_named(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(InputError, match=r"pipe\.png is a named pipe, not a regular file; choose another"):
+        open_image(tmp_path / "pipe.png")
+    read, write = os.pipe()  # as of <(command) in a shell
+    os.write(write, encoded(Image.new("RGB", (8, 4), "white"), "PNG"))
+    os.close(write)
+    try:
+        assert open_image(f"/dev/fd/{read}").size == (8, 4)
+    finally:
+        os.close(read)
+
+
 def test_transparency_goes_on_white_or_stays():
     clear = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
     half = Image.new("RGBA", (2, 2), (255, 0, 0, 128))

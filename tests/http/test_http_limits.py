@@ -62,6 +62,11 @@ def test_defaults_of_the_pipeline_are_within_the_limits(tmp_path: Path) -> None:
         assert (status, job["size"]) == (200, "512x512")
 
 
+def test_long_numbers_name_the_limit(images: Served) -> None:
+    error = error_of(images, "/v1/images/generations", {"prompt": "a cat", "size": f"{'9' * 20}x64"}, 400)
+    assert (error["param"], error["code"]) == ("size", "too_large")
+
+
 def test_files_hold_the_result(images: Served) -> None:
     for format_, size, most in (("webp", "16384x16", 16383), ("jpeg", "16x65504", 65500)):
         fields = {"prompt": "a cat", "size": size, "output_format": format_}

@@ -59,6 +59,7 @@ def test_invalid_keys_are_refused(told: str, monkeypatch: pytest.MonkeyPatch) ->
         ({"fetch_host": ["example.org:443"]}, "--fetch-host must be a name"),
         ({"served_model_name": " "}, "--served-model-name must be a name, without blanks around it"),
         ({"served_model_name": "my\nmodel"}, "--served-model-name must be a name, without blanks around it"),
+        ({"host": ""}, "--host must be a name, without blanks around it"),  # sockets take it for all interfaces
         ({"queue_size": 0}, "--queue-size must be at least 1"),
         ({"jobs_per_key": 0}, "--jobs-per-key must be at least 1"),
         ({"max_in_flight": 0}, "--max-in-flight must be at least 1"),

@@ -75,7 +75,7 @@ class ServeOptions:
     """The kind of model, as in `SessionSpec`."""
     language: LanguageOptions = field(default_factory=LanguageOptions)
     host: str = declare(
-        "127.0.0.1", "Address to listen on; 0.0.0.0 for all interfaces.", flag=Flag(envvar="SHARDIT_HOST")
+        "127.0.0.1", "Address to listen on; 0.0.0.0 for all interfaces.", NAME, flag=Flag(envvar="SHARDIT_HOST")
     )
     port: int = declare(8091, "TCP port; 0 selects a free one.", whole(0, 65535), flag=Flag(envvar="SHARDIT_PORT"))
     served_model_name: str | None = declare(None, "The model's name for clients. [default: MODEL]", NAME)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from pathlib import Path
 
 from shardit.errors import InputError
 
 _SHOWN = 60
 """Characters of a path in messages about its length."""
+
+_OPEN_FILES = ("/dev/", "/proc/")
+"""Folders with the open files of a process."""
 
 
 def user_path(what: str, value: str | os.PathLike[str]) -> Path:
@@ -38,10 +42,11 @@ def home_folder(advice: str) -> Path:
 
 def check_name(what: str, path: str | os.PathLike[str]) -> None:
     """Raise InputError for a path that cannot exist or be looked at: too long, with a null character, in a folder
-    without permission. pathlib's own methods raise OSError for these."""
+    without permission. pathlib's own methods raise OSError for these. The same for a named pipe, which may never have
+    data; a pipe that is open already, as of `<(command)` in a shell, is taken."""
     text = os.fspath(path)
     try:
-        os.stat(text)
+        is_pipe = stat.S_ISFIFO(os.stat(text).st_mode)
     except (FileNotFoundError, NotADirectoryError):
         return
     except ValueError:
@@ -52,6 +57,8 @@ def check_name(what: str, path: str | os.PathLike[str]) -> None:
         length = max(len(os.fsencode(part)) for part in Path(text).parts)
         shown = f"{text[:_SHOWN]}..." if len(text) > _SHOWN else text
         raise InputError(f"{what} {shown} is too long (a name of {length} bytes); choose a shorter one") from None
+    if is_pipe and not os.path.realpath(text).startswith(_OPEN_FILES):
+        raise InputError(f"{what} {text} is a named pipe, not a regular file; choose another")
 
 
 def is_hub_id(model: str) -> bool:

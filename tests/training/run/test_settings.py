@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -170,6 +171,37 @@ def test_mistakes_on_the_command_line(capsys: pytest.CaptureFixture[str], tmp_pa
     assert "is given twice" in refused("--steps", "1", "--steps", "2")
     assert "--full is given twice" in refused("--full", "--no-full")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["model_index.json", "config.json", "adapter_config.json", "one.safetensors", "a.gguf"]
+)
+def test_the_folder_of_a_model_is_no_output(capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str) -> None:
+    """The result of a run has files of these names, and would replace those of the model."""
+    (tmp_path / name).touch()
+    words = ("--model", "tiny/llama", "--data", "shapes:still", "--output", str(tmp_path))
+    assert f"--output {tmp_path} holds a model ({name}), which a run replaces: name" in train(capsys, *words)
+    (tmp_path / "metrics.jsonl").touch()  # of a run that has made the model
+    check_paths(TrainSettings(model="tiny/llama", data="shapes:still", output=tmp_path, resume=True))
+
+
+def test_settings_of_diffusion_are_refused_for_texts(tmp_path: Path) -> None:
+    """Before torch is imported: the check of a run finds them."""
+    given: tuple[dict[str, Any], ...] = ({"num_frames": 5}, {"resolution": "64x64"}, {"background": "black"})
+    for words in given:
+        settings = TrainSettings(model="tiny/llama", data="shapes:still", output=tmp_path / "out", **words)
+        with pytest.raises(InputError, match=f"{next(iter(words))}: tiny/llama is a language model, which takes none"):
+            check(settings, DiffusionParallelConfig())
+
+
+def test_named_pipes_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Reading one waits for ever if nobody writes to it."""
+    os.mkfifo(tmp_path / "pipe.toml")
+    assert "pipe.toml is a named pipe, not a regular file; choose another" in train(
+        capsys, "--config", f"{tmp_path}/pipe.toml"
+    )
+    words = ("--model", "tiny/llama", "--output", f"{tmp_path}/out", "--data", f"{tmp_path}/pipe.toml")
+    assert "pipe.toml is a named pipe, not a regular file; choose another" in train(capsys, *words)
 
 
 def test_the_help_names_all_data_that_there_are(capsys: pytest.CaptureFixture[str]) -> None:

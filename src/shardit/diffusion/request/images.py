@@ -26,6 +26,8 @@ Mode = Literal["RGB", "RGBA", "opaque"]
 _NOTE, _ON_WHITE = "shardit_note", "its transparent pixels were put on white"
 """The key in `info` of an image under which a note for the user travels with it, and such a note."""
 
+_FRAMES = "shardit_frames"
+"""The key in `info` of an image that was the first of several, for their number."""
 
 _EIGHT_BITS, _SIXTEEN_BITS = 255, 65535
 
@@ -47,7 +49,10 @@ def open_image(source: ImageSource, mode: Mode = "RGB") -> Image.Image:
         read = to_eight_bits(_load_upright(source))
         image = to_mode(read, mode)
         # EXIF data and colour profiles are unused, and would be sent to every rank.
-        image.info = {_NOTE: _ON_WHITE} if mode == "RGB" and _shows_through(read) else {}
+        notes = [_ON_WHITE] if mode == "RGB" and _shows_through(read) else []
+        if frames := read.info.get(_FRAMES):
+            notes.append(f"the first of its {frames} frames was used")
+        image.info = {_NOTE: "; ".join(notes)} if notes else {}
         return image
 
 
@@ -176,7 +181,10 @@ def _load_upright(source: ImageSource) -> Image.Image:
         check_name("image", source)
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
         image.load()
-        return ImageOps.exif_transpose(image)
+        upright = ImageOps.exif_transpose(image)
+        if image.format != "MPO" and getattr(image, "is_animated", False):  # photos are the first image of an MPO
+            upright.info[_FRAMES] = getattr(image, "n_frames", 1)
+        return upright
 
 
 def to_eight_bits(image: Image.Image) -> Image.Image:

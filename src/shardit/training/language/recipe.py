@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from shardit.training.language.batches import MODEL, LanguageBatches
 from shardit.training.language.examples import Encoder, Example, begin_conversations
 from shardit.training.language.loss import causal_loss
 from shardit.training.language.notes import row_notes
+from shardit.training.language.only_diffusion import check_settings
 from shardit.training.language.rows import TrainingRow, TrainingRows, read_rows
 from shardit.training.language.samples import Writer, prompt_tokens
 from shardit.training.own_share import Share, everything, share_of, whole_note
@@ -32,19 +33,6 @@ from shardit.training.settings import TrainSettings
 
 if TYPE_CHECKING:
     from shardit.training.staged import Stages
-
-_OTHERS = (
-    "background",
-    "cache",
-    "caption_dropout",
-    "fps",
-    "num_frames",
-    "resolution",
-    "shift",
-    "timesteps",
-    "train_text_encoder",
-)
-"""Settings that only diffusion has."""
 
 
 def recipe(settings: TrainSettings, mesh: Mesh, config: DiffusionParallelConfig | None = None) -> TrainingRecipe:
@@ -84,16 +72,6 @@ def language_recipe(
         unit="tokens",
         notes=(*notes, *loaded, line),
     )
-
-
-def check_settings(settings: TrainSettings) -> None:
-    """Raise InputError for a setting that a language model does not have."""
-    plain = {one.name: getattr(TrainSettings(), one.name) for one in fields(TrainSettings)}
-    wrong = next((name for name in _OTHERS if getattr(settings, name) != plain[name]), None)
-    if wrong is not None:
-        raise InputError(f"{wrong}: {settings.model} is a language model, which takes none; leave it out")
-    if not settings.data:
-        raise InputError("data is missing: give a JSONL file, or a folder of .jsonl and .txt files")
 
 
 def _chat_notes(tokenizer: Any, rows: Sequence[TrainingRow]) -> list[str]:

@@ -170,7 +170,7 @@ def _diffusers_fields(limits: RequestLimits) -> dict[str, Any]:
 
 
 def _openai_fields(limits: RequestLimits) -> dict[str, Any]:
-    size: Any = Annotated[str, Field(pattern=r"^([0-9]{1,9}x[0-9]{1,9}|auto)$")]
+    size: Any = Annotated[str, Field(pattern=r"^([0-9]{1,30}x[0-9]{1,30}|auto)$")]
     return {
         "prompt": (
             Annotated[str, Field(max_length=limits.prompt_chars)],

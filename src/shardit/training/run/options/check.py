@@ -18,6 +18,7 @@ from shardit.settings.declare import check_declared
 from shardit.settings.model_options import ModelOptions
 from shardit.settings.paths import user_path
 from shardit.training.data.shapes import kind_and_count
+from shardit.training.language.only_diffusion import check_settings
 from shardit.training.limits import check_degrees
 from shardit.training.run.run_folder import METRICS
 from shardit.training.run.steps.rates import check_warmup
@@ -39,6 +40,9 @@ _BY_TENSOR = {
 SHAPES = "shapes:"
 _OTHER_DATA = (SHAPES, "hf:")
 """Beginnings of data that is no path."""
+
+_OF_MODELS = ("model_index.json", "config.json", "adapter_config.json", "*.safetensors", "*.gguf")
+"""Files of models and adapters in their folder."""
 
 
 def check(settings: TrainSettings, config: DiffusionParallelConfig) -> str:
@@ -86,6 +90,16 @@ def check_paths(settings: TrainSettings) -> None:
             _check_folder(f"--{name}", user_path(f"--{name}", value))
     if settings.output is not None and (settings.output / METRICS).exists() and not settings.resume:
         raise InputError(f"--output {settings.output} has a run already: add --resume, or name another folder")
+    if settings.output is not None and not (settings.output / METRICS).exists():
+        _check_without_model(settings.output)
+
+
+def _check_without_model(output: Path) -> None:
+    """Raise InputError for a folder with a model that no run has made: the result would replace its files."""
+    folder = user_path("--output", output)
+    model = sorted(path.name for pattern in _OF_MODELS for path in folder.glob(pattern))
+    if model:
+        raise InputError(f"--output {output} holds a model ({model[0]}), which a run replaces: name another folder")
 
 
 def _check_apart(flag: str, data: str, output: Path) -> None:
@@ -145,6 +159,7 @@ def _check_model(settings: TrainSettings, config: DiffusionParallelConfig) -> st
         )
     source = named_decoder(settings.model)
     if source is not None:
+        check_settings(settings)
         check_decoder(source, sliced, None)
         return LANGUAGE
     check_installed(("diffusers",))

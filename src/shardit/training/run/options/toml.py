@@ -14,6 +14,7 @@ from shardit.config import DiffusionParallelConfig
 from shardit.errors import InputError, did_you_mean, first_line
 from shardit.loading.missing_packages import missing_package
 from shardit.settings.declare import Flag, declared
+from shardit.settings.paths import check_name
 from shardit.training.settings import TrainSettings
 
 AXES = (
@@ -84,6 +85,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def _parsed(path: Path) -> dict[str, Any]:
+    check_name("--config", path)
     try:
         parser = _parser()
         return parser.loads(path.read_bytes().decode("utf-8-sig"))

@@ -232,7 +232,7 @@ BUDGET = {
     "engine": 3059,
     "language": 2814,
     "loading": 1428,
-    "models": 934,
+    "models": 940,
     "parallel": 5250,
     "server": 5318,
     "settings": 464,

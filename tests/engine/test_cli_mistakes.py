@@ -13,7 +13,6 @@ from shardit.errors import did_you_mean
 from shardit.flags import ChatFlags
 from shardit.language.request.sampling_params import SamplingParams
 from shardit.language_commands import Conversation
-from shardit.models.tiny.language import language_folder
 from shardit.settings.environment import KNOWN, check_environment, switch
 from tests.support.paths import ROOT
 
@@ -156,8 +155,6 @@ def test_a_flag_of_another_command(arguments, says, capsys):
     ],
 )
 def test_more_than_a_language_model_has(flag, says, capsys):
-    language_folder("tiny/llama")  # written on first use, with progress bars
-    capsys.readouterr()
     assert says in refused(capsys, "complete", "tiny/llama", "--prompt=x", flag)
 
 

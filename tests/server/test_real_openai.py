@@ -26,18 +26,25 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
         yield server
 
 
-def test_a_video(videos: RealServer) -> None:
+@pytest.fixture(scope="module")
+def video(videos: RealServer) -> openai.types.Video:
     client = client_of(videos)
     own = {**tiny.defaults("wan2.2-t2v"), "seed": 5, "num_inference_steps": STEPS}
     own["fps"] = 24  # as `expected` writes its file
     (model,) = client.models.list().data
     video = client.videos.create(model=model.id, prompt="a cat runs", extra_body=own)
-    assert client.videos.poll(video.id, poll_interval_ms=50).status == "completed"
+    return client.videos.poll(video.id, poll_interval_ms=50)
+
+
+def test_a_video(videos: RealServer, video: openai.types.Video) -> None:
+    client = client_of(videos)
+    assert video.status == "completed"
     made = pictures(client.videos.download_content(video.id).read())
     assert same(expected("wan2.2-t2v", 5, "a cat runs", (("num_inference_steps", STEPS),)), made)
     assert [one.id for one in client.videos.list().data] == [video.id]
 
 
+@pytest.mark.usefixtures("video")
 def test_metrics_of_that_video(videos: RealServer) -> None:
     found = samples(videos)
     assert found["shardit_jobs_total", "completed"] == 1

@@ -65,7 +65,7 @@ def as_dtype(value: str | torch.dtype | None) -> torch.dtype | None:
         return getattr(torch, _USER[name])
     if value is torch.float64 or name == "float64":  # for comparisons against exact arithmetic
         return torch.float64
-    raise InputError(f"dtype {name!r} is not known: use float32, bfloat16, float16 or float64")
+    raise _unknown("dtype", name)
 
 
 def setting(value: Any, name: str = "dtype") -> Setting:
@@ -110,10 +110,14 @@ def _by_component(text: str, name: str) -> dict[str, str]:
     return chosen
 
 
+def _unknown(name: str, written: str) -> InputError:
+    return InputError(f"{name} {written!r} is not known: use float32, bfloat16, float16 or float64")
+
+
 def _known(value: Any, name: str) -> str:
     written = str(value).removeprefix("torch.")
     if written not in _USER and written != "float64":
-        raise InputError(f"{name} {written!r} is not known: use float32, bfloat16, float16 or float64")
+        raise _unknown(name, written)
     return _USER.get(written, written)
 
 

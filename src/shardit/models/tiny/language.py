@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardit.models.tiny.cache import PREFIX, cache_root, fingerprint
+from shardit.models.tiny.progress_bar import no_progress_bar
 from shardit.models.tiny.weights import fill
 
 if TYPE_CHECKING:
@@ -61,7 +62,6 @@ def write(name: str, folder: Path, dtype: torch.dtype | None = None) -> Path:
 def _save(name: str, folder: Path, dtype: torch.dtype | None) -> None:
     import torch
     import transformers
-    from transformers.utils import logging
 
     tokens, (kind, values) = tokenizer(), CONFIGURATIONS[name]
     config = getattr(transformers, kind)(vocab_size=len(tokens), bos_token_id=None, eos_token_id=1, **values)
@@ -70,13 +70,8 @@ def _save(name: str, folder: Path, dtype: torch.dtype | None) -> None:
     fill(model, name)
     model.generation_config = transformers.GenerationConfig(pad_token_id=0, eos_token_id=1)
     model.should_save_on_this_rank = lambda is_main_process=True: True
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with no_progress_bar():
         model.to(dtype or torch.float32).eval().save_pretrained(str(folder))
-    finally:
-        if shown:
-            logging.enable_progress_bar()
     tokens.save_pretrained(str(folder))
 
 

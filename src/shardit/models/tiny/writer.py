@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shardit.models.tiny.progress_bar import no_progress_bar
 from shardit.models.tiny.recipes.recipe import Part, Recipe
 from shardit.models.tiny.weights import fill, read
 
@@ -64,21 +64,8 @@ def _save_model(part: Part, folder: Path, set_weights: SetWeights, dtype: torch.
         # transformers 5 writes on rank 0 alone; here any rank may be the one that writes the folder.
         model.should_save_on_this_rank = lambda is_main_process=True: True
     total = sum(p.numel() * p.element_size() for p in model.state_dict().values())
-    with _no_progress_bar():
+    with no_progress_bar():
         model.eval().save_pretrained(str(folder), max_shard_size=total // part.shards + 1)
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _diffusers_model(part: Part) -> Any:

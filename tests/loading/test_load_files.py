@@ -280,6 +280,7 @@ def test_folders_that_are_not_models(tmp_path, monkeypatch):
     [
         ("model_index.json", "[" * 100_000, "cannot read {}/model_index.json"),
         ("model_index.json", '{"_class_name": "FluxPipeline", "vae": "AutoencoderKL"}', "has 'AutoencoderKL' for vae"),
+        ("model_index.json", '{"_class_name": 5}', "model_index.json names no pipeline class (_class_name)"),
         ("transformer/config.json", "[]", "config.json in {}/transformer is no JSON object"),
         ("tokenizer/", "", "{}/tokenizer is empty"),
     ],

@@ -50,7 +50,7 @@ def read_index(folder: str | os.PathLike) -> dict[str, Any]:
         raise InputError(f"{folder} is not a diffusers folder (no {INDEX}): give the folder that holds it") from error
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot read {path}: download or copy it again") from error
-    if not isinstance(table, dict) or "_class_name" not in table:
+    if not isinstance(table, dict) or not table.get("_class_name") or not isinstance(table["_class_name"], (str, list)):
         raise InputError(f"{path} names no pipeline class (_class_name): download or copy it again")
     return table
 

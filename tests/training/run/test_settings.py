@@ -244,12 +244,38 @@ def test_a_repeated_flag_takes_several_values(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_kind_of_model_decides_the_recipe(tmp_path: Path) -> None:
-    common = {"data": "shapes:moving", "output": tmp_path / "out"}
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    shapes, texts, output = "shapes:moving", str(tmp_path / "rows.jsonl"), tmp_path / "out"
     config = DiffusionParallelConfig()
-    assert check(TrainSettings(model="tiny/wan2.2-ti2v", **common), config).endswith("diffusion.recipe")
-    assert check(TrainSettings(model="tiny/llama", **common), config).endswith("language.recipe")
+    assert check(TrainSettings(model="tiny/wan2.2-ti2v", data=shapes, output=output), config).endswith(
+        "diffusion.recipe"
+    )
+    assert check(TrainSettings(model="tiny/llama", data=texts, output=output), config).endswith("language.recipe")
     with pytest.raises(InputError, match="no-such-model"):
-        check(TrainSettings(model="tiny/no-such-model", **common), config)
+        check(TrainSettings(model="tiny/no-such-model", data=shapes, output=output), config)
+
+
+@pytest.mark.parametrize(
+    ("model", "row", "told"),
+    [
+        ("tiny/llama", '{"texts": "a"}', "rows.jsonl:1 has neither text nor messages"),
+        ("tiny/flux", '{"file": "none.png", "caption": "a"}', "none.png does not exist"),
+    ],
+)
+def test_wrong_rows_are_found_before_torch_is_imported(model: str, row: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(row + "\n")
+    words = ["train", "--model", model, "--output", str(tmp_path / "out"), "--data", str(tmp_path / "rows.jsonl")]
+    code = f"import sys; from shardit import cli; assert cli.main({words!r}) == 2; assert 'torch' not in sys.modules"
+    ran = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert told in ran.stderr
+
+
+def test_data_of_another_kind_is_refused_for_texts(tmp_path: Path) -> None:
+    """Before torch is imported, as for files."""
+    with pytest.raises(InputError, match="data: there is no file or folder shapes:moving: give one with"):
+        check(
+            TrainSettings(model="tiny/llama", data="shapes:moving", output=tmp_path / "out"), DiffusionParallelConfig()
+        )
 
 
 def test_mistakes_are_found_without_torch(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def read_rows(setting: str, value: str) -> TrainingRows:
     """
     path, found = user_path(setting, value), TrainingRows()
     if not path.exists():
-        raise InputError(f"{setting}: there is no file or folder {value}: check the path")
+        raise InputError(f"{setting}: there is no file or folder {value}: give one with {', '.join(ENDINGS)}")
     files = _files(path, found) if path.is_dir() else [path]
     if not files or not str(files[0]).lower().endswith(ENDINGS):
         raise InputError(f"{setting}: {value} has no file for a language model: give {', '.join(ENDINGS)}")

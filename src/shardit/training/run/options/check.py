@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from shardit.config import DiffusionParallelConfig
@@ -18,7 +19,9 @@ from shardit.settings.declare import check_declared
 from shardit.settings.model_options import ModelOptions
 from shardit.settings.paths import user_path
 from shardit.training.data.shapes import kind_and_count
+from shardit.training.data.sources.find import find_items
 from shardit.training.language.only_diffusion import check_settings
+from shardit.training.language.rows import read_rows
 from shardit.training.limits import check_degrees
 from shardit.training.run.run_folder import METRICS
 from shardit.training.run.steps.rates import check_warmup
@@ -37,8 +40,8 @@ _BY_TENSOR = {
 }
 """Optimizers that do not treat each number by itself, and why slices of weights would be updated differently."""
 
-SHAPES = "shapes:"
-_OTHER_DATA = (SHAPES, "hf:")
+SHAPES, HUB = "shapes:", "hf:"
+_OTHER_DATA = (SHAPES, HUB)
 """Beginnings of data that is no path."""
 
 _OF_MODELS = ("model_index.json", "config.json", "adapter_config.json", "*.safetensors", "*.gguf")
@@ -148,6 +151,19 @@ def check_optimizer(settings: TrainSettings, config: DiffusionParallelConfig) ->
         raise InputError(f"optimizer={name} needs the package {package}, which is not installed: {pip_line([package])}")
 
 
+def _check_data(settings: TrainSettings, read: Callable[[str, str], object]) -> None:
+    """Raise InputError for rows and files that are wrong. The ranks read them again."""
+    for name in ("data", "validation_data"):
+        if text := getattr(settings, name):
+            read(name, text)
+
+
+def _find_items(name: str, text: str) -> None:
+    """Find the items of images and clips, but for those that have to be downloaded."""
+    if not text.startswith(HUB):
+        find_items(text, held_out=name == "validation_data")
+
+
 def _check_model(settings: TrainSettings, config: DiffusionParallelConfig) -> str:
     check_installed(FRAMEWORKS)
     sliced = DiffusionParallelConfig(tensor_parallel_size=config.tensor_parallel_size)
@@ -160,8 +176,10 @@ def _check_model(settings: TrainSettings, config: DiffusionParallelConfig) -> st
     source = named_decoder(settings.model)
     if source is not None:
         check_settings(settings)
+        _check_data(settings, read_rows)
         check_decoder(source, sliced, None)
         return LANGUAGE
     check_installed(("diffusers",))
+    _check_data(settings, _find_items)
     preflight.check(settings.model, sliced, ModelOptions(), dtype=dtype)
     return DIFFUSION

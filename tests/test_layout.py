@@ -236,7 +236,7 @@ BUDGET = {
     "parallel": 5250,
     "server": 5318,
     "settings": 464,
-    "training": 4279,
+    "training": 4285,
 }
 """Lines of code of each folder, as `make size` counts them; a number is raised on purpose, or not at all."""
 

@@ -154,7 +154,7 @@ def test_mistakes_on_the_command_line(capsys: pytest.CaptureFixture[str], tmp_pa
     assert "must be one of shapes:still" in train(capsys, *base[:2], "--data", "shapes:movin", *base[4:])
     assert "number of items" in train(capsys, *base[:2], "--data", "shapes:still:0", *base[4:])
     assert "--data is missing" in train(capsys, "--model", "tiny/wan2.2-ti2v", "--output", "x")
-    assert "there is no such file" in train(capsys, *base[:2], "--data", str(tmp_path / "none"), *base[4:])
+    assert "none does not exist; give a folder" in train(capsys, *base[:2], "--data", str(tmp_path / "none"), *base[4:])
     assert "--output" in train(capsys, *base[:4], "--output", str(tmp_path / "file"))
     assert "has a run already: add --resume" in train(capsys, *base[:4], "--output", str(tmp_path / "run"))
     assert "--batch-size must be at least 1" in refused("--batch-size", "0")

@@ -25,10 +25,11 @@ def find_items(source: str, *, held_out: bool = False) -> FoundItems:
         return hub_items(name)
     if not source:
         raise InputError(f"data is missing; give {_WAYS}")
-    path = user_path("data", source)
+    setting = "validation_data" if held_out else "data"
+    path = user_path(setting, source)
     if path.is_dir():
         return folder_items(path)
     if path.is_file() and path.suffix.lower() == ROWS:
         return row_items(path)
     wrong = "is a file of another kind" if path.exists() else "does not exist"
-    raise InputError(f"data {source} {wrong}; give {_WAYS}")
+    raise InputError(f"{setting} {source} {wrong}; give {_WAYS}")

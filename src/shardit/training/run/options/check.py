@@ -18,7 +18,6 @@ from shardit.settings.checks import text_problem
 from shardit.settings.declare import check_declared
 from shardit.settings.model_options import ModelOptions
 from shardit.settings.paths import user_path
-from shardit.training.data.shapes import kind_and_count
 from shardit.training.data.sources.find import find_items
 from shardit.training.language.only_diffusion import check_settings
 from shardit.training.language.rows import read_rows
@@ -40,8 +39,8 @@ _BY_TENSOR = {
 }
 """Optimizers that do not treat each number by itself, and why slices of weights would be updated differently."""
 
-SHAPES, HUB = "shapes:", "hf:"
-_OTHER_DATA = (SHAPES, HUB)
+HUB = "hf:"
+_OTHER_DATA = ("shapes:", HUB)
 """Beginnings of data that is no path."""
 
 _OF_MODELS = ("model_index.json", "config.json", "adapter_config.json", "*.safetensors", "*.gguf")
@@ -79,13 +78,9 @@ def _check_given(settings: TrainSettings) -> None:
 
 
 def check_paths(settings: TrainSettings) -> None:
-    """Raise InputError for data that is not there, and folders that cannot be written."""
+    """Raise InputError for folders that cannot be written, and for an output among the data."""
     for name in ("data", "validation_data"):
         text = getattr(settings, name)
-        if text and not text.startswith(_OTHER_DATA) and not user_path(f"--{name.replace('_', '-')}", text).exists():
-            raise InputError(f"--{name.replace('_', '-')} {text}: there is no such file or folder")
-        if text and text.startswith(SHAPES):
-            kind_and_count(text.removeprefix(SHAPES))
         if text and settings.output is not None and not text.startswith(_OTHER_DATA):
             _check_apart(f"--{name.replace('_', '-')}", text, settings.output)
     for name in ("output", "cache"):

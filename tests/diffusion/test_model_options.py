@@ -15,6 +15,7 @@ import shardit
 from shardit.cli import main
 from shardit.config import DiffusionParallelConfig
 from shardit.diffusion.loading.schedulers import changed_scheduler
+from shardit.diffusion.loading.start_options import load_loras
 from shardit.diffusion.loading.timesteps import arguments_in
 from shardit.engine.inspect import inspect_model
 from shardit.engine.process.messages import SessionSpec
@@ -94,6 +95,14 @@ def test_lora_over_stages_and_tensor_ranks(loras: list[str], capfd: pytest.Captu
         assert torch.equal(stages, expected)
         assert (slices - expected).norm() / expected.norm() <= 1e-5
     assert "size mismatch" not in capfd.readouterr().err  # diffusers logs a line for each tensor that does not fit
+
+
+def test_a_lora_of_a_text_encoder_draws_no_bar(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_lora("sd3.5", tmp_path, 5, encoder=True)
+    pipe = pipeline("sd3.5")
+    capfd.readouterr()
+    load_loras(pipe, parse_lora(str(tmp_path)))
+    assert "Loading weights" not in capfd.readouterr().err
 
 
 @pytest.fixture(scope="module")

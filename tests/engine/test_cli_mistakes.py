@@ -133,6 +133,7 @@ def test_a_range_is_named_whole(capsys):
         (["chat", "--model", "x"], "give it without the flag: shardit chat MODEL"),
         (["serve", "--model", "x"], "give it without the flag: shardit serve MODEL"),
         (["generate", "tiny/flux"], "the model is given as --model"),
+        (["generate", "--model", "tiny/flux", "a cat"], "the prompt is given as --prompt"),
         (["chat", "tiny/llama", "--prompt", "x"], "--prompt; it is an option of generate, complete"),
         (["serve", "tiny/flux", "--prompt", "x"], "--prompt; it is an option of generate, complete"),
         ([*GENERATE, "--port", "1"], "it is an option of serve; if port is an argument of the pipeline, give"),

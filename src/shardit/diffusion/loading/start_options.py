@@ -13,6 +13,7 @@ from shardit.errors import InputError, UnsupportedError, first_line
 from shardit.loading.hub import unreachable
 from shardit.loading.index import ADAPTER_CONFIG, base_model, read_adapter
 from shardit.loading.missing_packages import is_missing
+from shardit.loading.quiet import quiet
 from shardit.loading.safetensors_file import Header
 from shardit.settings.lora import INTO_SECOND, SECOND, Lora
 from shardit.settings.model_options import ModelOptions
@@ -80,8 +81,9 @@ def load_loras(pipe: Any, loras: tuple[Lora, ...]) -> None:
     for name, lora in zip(names, loras, strict=True):
         try:
             logging.getLogger("diffusers.loaders.peft").addFilter(_no_error)  # the error is one line
-            for path, arguments in _parts(lora, pipe):
-                pipe.load_lora_weights(path, adapter_name=name, use_safetensors=True, **arguments)
+            with quiet():
+                for path, arguments in _parts(lora, pipe):
+                    pipe.load_lora_weights(path, adapter_name=name, use_safetensors=True, **arguments)
         except Exception as error:
             raise _not_loaded(lora, pipe, error) from error
         finally:

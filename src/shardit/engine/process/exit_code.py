@@ -73,8 +73,9 @@ def _usage(error: Any) -> str:
     commands = getattr(command, "commands", ())
     if commands and text.startswith("No such command"):
         return f"{text} Commands: {', '.join(commands)}."
-    if text.startswith("Got unexpected extra argument") and "--model" in _flags_of(command):
-        return f"{text}; the model is given as --model"
+    if text.startswith("Got unexpected extra argument"):
+        missing = [one for one in ("model", "prompt") if f"--{one}" in _flags_of(command) and not error.ctx.params[one]]
+        return f"{text}; the {missing[0]} is given as --{missing[0]}" if missing else text
     flag = str(getattr(error, "option_name", ""))
     name = flag.lstrip("-").replace("-", "_")
     unknown = text.startswith("No such option") and name.isidentifier()

@@ -229,7 +229,7 @@ BUDGET = {
     ".": 1327,
     "core": 7796,
     "diffusion": 4054,
-    "engine": 3059,
+    "engine": 3060,
     "language": 2814,
     "loading": 1430,
     "models": 936,

@@ -101,7 +101,7 @@ def test_a_lora_of_a_text_encoder_draws_no_bar(tmp_path: Path, capfd: pytest.Cap
     write_lora("sd3.5", tmp_path, 5, encoder=True)
     pipe = pipeline("sd3.5")
     capfd.readouterr()
-    load_loras(pipe, parse_lora(str(tmp_path)))
+    load_loras(pipe, (Lora(str(tmp_path)),))
     assert "Loading weights" not in capfd.readouterr().err
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from shardit.config import DiffusionParallelConfig
+from shardit.core.comm.group import PACKET
 from shardit.core.comm.mesh import Mesh, check_p2p, init_mesh, pick_device
 from shardit.core.comm.p2p import Comm
 from shardit.core.comm.wire import (
@@ -190,7 +192,8 @@ def exchange(rank: int, count: int, method: str) -> dict[str, Any]:
     comm = Comm(mesh.pipeline, max_outstanding=3)
     check_p2p(mesh)
     seen: dict[str, Any] = {"mixed": mixed_dtypes(comm), "many": many(comm)}
-    blobs = [b"", b"x", bytes(range(256)) * 100]
+    head = len(pickle.dumps(b"x" * PACKET)) - PACKET
+    blobs = [b"", b"x", bytes(range(256)) * 100, *(b"x" * (PACKET - head + more) for more in (-1, 0, 1, 9))]
     seen["blobs"] = [comm.group.broadcast_object(b if rank == count - 1 else b"ignored", count - 1) == b for b in blobs]
     seen["object"] = comm.group.broadcast_object({"from": rank, "x": [1, None]}, 1)
     seen["gathered"] = comm.group.gather_objects(f"rank {rank}")
@@ -273,7 +276,7 @@ def test_messages(count: int) -> None:
     for seen in run_ranks(count, exchange):
         assert seen["mixed"]
         assert seen["many"]
-        assert seen["blobs"] == [True] * 3
+        assert seen["blobs"] == [True] * 7
         assert seen["object"] == {"from": 1, "x": [1, None]}
         assert seen["gathered"] == [f"rank {r}" for r in range(count)]
         assert seen["broadcast"] == [[[1.0, 1.0]] * 3, [1] * 5, []]

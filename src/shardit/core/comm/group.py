@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import pickle
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,9 @@ EXCHANGE = 2
 """The tag of `gather_bytes`, which shares a group with other messages."""
 FEW = 4
 """Largest number of ranks for which small messages are exchanged pairwise."""
+PACKET = 4096
+"""Bytes of an object that the first message of a broadcast carries."""
+_LENGTH = struct.Struct("q")
 Addressed = tuple[torch.Tensor, int]
 """A tensor, and the place in the group that it goes to or comes from."""
 
@@ -122,11 +126,22 @@ class GroupCoordinator:
         return tensor
 
     def broadcast_object(self, value: Any = None, src: int = 0) -> Any:
-        """Broadcast a picklable object of rank `src`."""
-        box = [value]
-        if self.world_size > 1:
-            self.call(lambda: dist.broadcast_object_list(box, self.ranks[src], group=self.cpu_group), "broadcast")
-        return box[0]
+        """Broadcast a picklable object of rank `src`: in one message, or in two if it is large."""
+        if self.world_size == 1:
+            return value
+        mine = self.rank_in_group == src
+        content = pickle.dumps(value) if mine else b""
+        first = bytearray(_LENGTH.pack(len(content)) + content[:PACKET].ljust(PACKET))
+        self._broadcast_bytes(first, src)
+        (length,) = _LENGTH.unpack_from(first)
+        rest = bytearray(content[PACKET:] if mine else bytes(max(0, length - PACKET)))
+        if rest:
+            self._broadcast_bytes(rest, src)
+        return value if mine else pickle.loads((first[_LENGTH.size :] + rest)[:length])
+
+    def _broadcast_bytes(self, content: bytearray, src: int) -> None:
+        group, tensor = cast("dist.ProcessGroup", self.cpu_group), torch.frombuffer(content, dtype=torch.uint8)
+        self.wait([self.call(lambda: group.broadcast(tensor, src), "broadcast")], "broadcast")
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Gather the picklable objects of all ranks, in their order, on every rank."""

@@ -17,6 +17,7 @@ from shardit.parallel.attention.hook import intercept_attention
 from shardit.parallel.attention.sequence_attention import Call
 from tests.diffusion.test_parallelize import join
 from tests.parallel.test_tensor import distance
+from tests.support.brought import pipeline, run
 from tests.support.ranks import run_ranks
 from tests.support.survey_models import Draw, entry
 
@@ -78,11 +79,11 @@ def compiled_runs(axis: str) -> Runs:
         traces = [node.stack_trace or "" for node in graph.graph.nodes]
         runs.ours.update(file for text in traces for file in re.findall(r"shardit/((?:core|parallel)/\S+\.py)", text))
 
-        def run(*args: Any) -> Any:
+        def one(*args: Any) -> Any:
             runs.ran[-1] += 1
             return graph.forward(*args)
 
-        return run
+        return one
 
     model.compile_repeated_blocks(backend=counted, dynamic=False, fullgraph=axis not in BROKEN)
     for call, wanted in zip(calls, expected, strict=True):
@@ -124,14 +125,26 @@ def attention_calls() -> list[float | None]:
     return noted.scales
 
 
-Found = tuple[dict[tuple[str, bool], tuple[list[float], int]], dict[str, Runs], list[float | None]]
-"""Results of `refined` by axis and moment, of `compiled_runs` by axis, and of `attention_calls`."""
+def branches_in_flight() -> tuple[float, int]:
+    """Call a pipeline with two branches of guidance and compiled blocks on Ring ranks, twice; return the distance to
+    the plain one, and the number of model calls that were in flight together."""
+    torch._dynamo.reset()
+    guidance = {"negative_prompt": "blurry", "true_cfg_scale": 3.0}
+    expected, pipe = run(pipeline("qwen-image"), "qwen-image", **guidance), pipeline("qwen-image")
+    shardit.parallelize(pipe, ring_degree=2, timeout_s=60)
+    pipe.transformer.compile_repeated_blocks(backend="eager")
+    made = [run(pipe, "qwen-image", **guidance) for _ in range(2)]
+    return max(distance(expected, one) for one in made), pipe.transformer.shardit_overlap.overlapped
+
+
+Found = tuple[dict[tuple[str, bool], tuple[list[float], int]], dict[str, Runs], list[float | None], tuple[float, int]]
+"""Results of `refined` by axis and moment, of `compiled_runs` by axis, `attention_calls` and `branches_in_flight`."""
 
 
 def on_ranks(rank: int, size: int, method: str) -> Found:
     join(rank, size, method)
     around = {(axis, early): refined({axis: 2}, early) for axis in AROUND for early in (True, False)}
-    return around, {axis: compiled_runs(axis) for axis in AROUND}, attention_calls()
+    return around, {axis: compiled_runs(axis) for axis in AROUND}, attention_calls(), branches_in_flight()
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +166,7 @@ def test_a_compiled_module_around_blocks(axis: str, early: bool, by_rank: list[F
 def test_blocks_stay_compiled(axis: str, by_rank: list[Found]) -> None:
     """Trials of a first call would make torch.compile skip the code of blocks for good; collective operations are not
     compiled. Blocks of a class share one graph, as in the plain model."""
-    for _, results, _ in by_rank:
+    for _, results, *_ in by_rank:
         found = results[axis]
         assert found.ran[1] == found.ran[2] > 0, found
         assert not any(file.startswith("core/comm/") for file in found.ours), found
@@ -165,5 +178,13 @@ def test_blocks_stay_compiled(axis: str, by_rank: list[Found]) -> None:
 
 def test_compiled_code_makes_all_attention_calls_in_order(by_rank: list[Found]) -> None:
     """Ranks exchange messages in each."""
-    for *_, scales in by_rank:
+    for _, _, scales, _ in by_rank:
         assert scales == [2.0, 3.0, 2.0]
+
+
+def test_compiled_branches_in_flight(by_rank: list[Found]) -> None:
+    """A compiled block that waits in an attention call does not let the other branch compute: frames of pybind11 would
+    end in another order than the reverse, which aborts the process."""
+    for *_, (apart, overlapped) in by_rank:
+        assert apart <= 1e-5
+        assert overlapped > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardit.core.runtime.coroutine import Coroutine
 from shardit.core.runtime.thread_state import Generators, TorchState
+from shardit.core.runtime.yielding import yield_while_waiting, yielding_coroutine
 
 
 class CountFunctions(TorchFunctionMode):
@@ -391,3 +393,28 @@ def test_generators() -> None:
     kept.install()
     assert draw() == first
     assert draw() == second
+
+
+def test_operations_in_python_run_to_their_end() -> None:
+    """torch calls them through pybind11, which aborts the process if they end in another order than the reverse."""
+    order: list[str] = []
+
+    @torch.library.custom_op("shardit_tests::waits", mutates_args=())
+    def waits(x: torch.Tensor) -> torch.Tensor:
+        order.append(f"begin {int(x)}")
+        yield_while_waiting()
+        order.append(f"end {int(x)}")
+        return x.clone()
+
+    def run(number: int) -> None:
+        yielding_coroutine.set(coroutines[number])
+        yield_while_waiting()
+        waits(torch.tensor(number))
+        yield_while_waiting()
+        order.append(f"last {number}")
+
+    coroutines = [Coroutine(functools.partial(run, number)) for number in range(2)]
+    while not all(one.done for one in coroutines):
+        for one in coroutines:
+            one.resume()
+    assert order == ["begin 0", "end 0", "begin 1", "end 1", "last 0", "last 1"]

@@ -57,12 +57,15 @@ def test_over_ranks() -> None:
 
 
 def unfused_vae(pipe: Any) -> list[torch.Tensor]:
-    """Pictures of a pipeline whose VAE is fused, then not, then fused again."""
+    """Pictures of a pipeline whose VAE is fused, then not, then fused again, and random numbers after each change:
+    new linears are initialised at random."""
     made = []
+    torch.manual_seed(0)
     for change in ("fuse", "unfuse", "fuse"):
         getattr(pipe.vae, f"{change}_qkv_projections")()
-        made.append(run(pipe, "flux", output_type="pt"))
-    return made
+        made += [torch.rand(2), run(pipe, "flux", output_type="pt")]
+    pipe.transformer.fuse_qkv_projections()
+    return [*made, torch.rand(2)]
 
 
 def unfused_on_ranks(rank: int, count: int, method: str) -> list[torch.Tensor]:

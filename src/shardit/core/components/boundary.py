@@ -24,11 +24,11 @@ from shardit.core.comm.agreement import Caller
 from shardit.core.modules.absent import listed_by_user
 from shardit.core.modules.compiled import COMPILED, refuse_compiling
 from shardit.core.modules.hooks import hooks_below
-from shardit.core.modules.patching import SWAPPED, fixed_device_to, subclass_in_place
+from shardit.core.modules.patching import CHANGE, SWAPPED, fixed_device_to, subclass_in_place
 from shardit.core.runtime.digests import named
 from shardit.core.runtime.no_gradients import refuse_gradients
 from shardit.core.runtime.pending import PendingSource, PendingTensor, is_read_parameter, materialize
-from shardit.core.runtime.randomness import GENERATORS
+from shardit.core.runtime.randomness import GENERATORS, DrawsWithoutData
 from shardit.errors import UnsupportedError
 
 _TENSORS_OF, _PARTS_OF = ("named_parameters", "named_buffers"), ("named_modules", "named_children")
@@ -143,10 +143,10 @@ class Boundary:
     ) -> Any:
         """Pass a call from outside to `run`. Methods that only change or describe the component run here, on every
         rank. So do methods that call outside code; calls of smaller parts then go to `run`."""
-        if self.inside or not (name in ALWAYS or has_data(args, kwargs)):
-            return function(*args, **kwargs)
-        if not self.on_all and _calls_outside_code(module, name, args, kwargs):
-            return function(*args, **kwargs)
+        computes = name in ALWAYS or has_data(args, kwargs)
+        if self.inside or not computes or (not self.on_all and _calls_outside_code(module, name, args, kwargs)):
+            with DrawsWithoutData(self.device) if name.startswith(CHANGE) else nullcontext():
+                return function(*args, **kwargs)
         refuse_gradients(self._plain[0][0], tree_leaves((args, kwargs)))
         with self.turn() as caller:
             for tensor in list(_pending((args, kwargs))):

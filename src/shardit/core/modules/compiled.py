@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from shardit.core.runtime.yielding import without_yielding
 from shardit.errors import UnsupportedError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -57,20 +56,13 @@ def define_operation(schema: str, run: Callable[..., Any], describe: Callable[..
     torch), callers break the graph.
 
     schema: of torch, with the name. describe: returns results of the same shapes, dtypes and strides, without data.
-    Messages are an effect: a graph keeps the order of these operations, and those whose results nothing reads. No other
-    call computes while one waits: torch calls it through pybind11, whose frames of one thread must end in reverse
-    order.
+    Messages are an effect: a graph keeps the order of these operations, and those whose results nothing reads.
     """
     if _effects is None:
         return False
-
-    def alone(*args: Any) -> Any:
-        with without_yielding():
-            return run(*args)
-
     name = f"shardit::{schema.partition('(')[0]}"
     _library.define(schema, tags=(torch.Tag.cudagraph_unsafe,))
-    _library.impl(name, alone, "CompositeExplicitAutograd")
+    _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(name, describe, lib=_library)
     _effects(name, torch.library.EffectType.ORDERED)  # pyright: ignore[reportPrivateImportUsage]
     return True

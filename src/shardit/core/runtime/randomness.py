@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeGuard
 
@@ -12,6 +12,7 @@ import numpy
 import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 States = dict[str, Any]
@@ -130,6 +131,26 @@ def generators_kept(device: torch.device) -> Iterator[None]:
         yield
     finally:
         set_states({name: before[name] for name in moved(before, states(device, []))}, device, [])
+
+
+class DrawsWithoutData(TorchDispatchMode):
+    """Draws into tensors without data advance the global generator as on a rank that has the data: libraries
+    initialise a new module at random before they fill it."""
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self._device = device
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in _INITIALISERS and args[0].is_meta:
+            func(torch.empty_like(args[0], device=self._device), *args[1:], **(kwargs or {}))
+        return out
+
+
+_INITIALISERS = (torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default)
 
 
 def _same(one: Any, other: Any) -> bool:

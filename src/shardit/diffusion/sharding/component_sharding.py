@@ -18,7 +18,7 @@ from shardit.core.modules.patching import plain_class, subclass_in_place
 from shardit.core.modules.snapshot import COLLECTIONS, PLAIN
 from shardit.core.placement.assignment import Assignment
 from shardit.core.runtime.digests import short_hash
-from shardit.core.runtime.randomness import dropout_in_training
+from shardit.core.runtime.randomness import DrawsWithoutData, dropout_in_training
 from shardit.core.runtime.thread_state import refuse_profiler
 from shardit.core.runtime.versions import writes
 from shardit.core.stages.runtime import Runtime
@@ -190,7 +190,8 @@ class ComponentSharding:
         def method(module: Any, *args: Any, **kwargs: Any) -> Any:
             self.check()  # earlier changes are checked separately
             self.runtime.schedule.drain()  # calls in flight use the unchanged model
-            out = own_method(module, *args, **kwargs)
+            with DrawsWithoutData(self.runtime.mesh.device):
+                out = own_method(module, *args, **kwargs)
             apply_changes(self, [])
             self._record(name)
             self._last = f"{name}()"

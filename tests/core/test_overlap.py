@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import shardit
@@ -16,6 +17,7 @@ from shardit.core.comm.group import GroupCoordinator
 from shardit.core.runtime.pending import PendingTensor, materialize
 from shardit.models import tiny
 from tests.diffusion.test_parallelize import join
+from tests.parallel.test_tensor import distance
 from tests.support import brought
 from tests.support.ranks import run_ranks
 
@@ -77,6 +79,52 @@ def in_flight(rank: int, count: int, method: str, way: str) -> None:
 def test_same_bits(way: str) -> None:
     tiny.resolve("tiny/wan2.2-t2v")
     run_ranks(2, in_flight, way)
+
+
+class OwnOperation:
+    """A processor of a user, for Qwen-Image: its attention is an operation that is defined in Python."""
+
+    def __init__(self) -> None:
+        self.library = torch.library.Library("shardit_tests", "FRAGMENT")
+        self.library.define("attention(Tensor q, Tensor k, Tensor v) -> Tensor")
+        self.library.impl("attention", self.attention, "CompositeExplicitAutograd")
+
+    def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v).contiguous()
+
+    def __call__(
+        self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, *others: Any, **more: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        text = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+        q, k, v = (
+            torch.cat([one(encoder_hidden_states), other(hidden_states)], 1).unflatten(-1, (attn.heads, -1))
+            for one, other in zip(text, (attn.to_q, attn.to_k, attn.to_v), strict=True)
+        )
+        out = torch.ops.shardit_tests.attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2).flatten(2)
+        cut = encoder_hidden_states.shape[1]
+        return attn.to_out[0](out[:, cut:]), attn.to_add_out(out[:, :cut])
+
+
+def own_operation(rank: int, count: int, method: str, way: str) -> None:
+    join(rank, count, method)
+    pipe, processor = brought.pipeline("qwen-image"), OwnOperation()
+    for module in pipe.transformer.modules():
+        if hasattr(module, "set_processor"):
+            module.set_processor(processor)
+    guided = {"negative_prompt": "blurry", "true_cfg_scale": 2.0}
+    expected = brought.run(pipe, "qwen-image", **guided)
+    config: Any = WAYS[way]
+    shardit.parallelize(pipe, timeout_s=60, **config)
+    for _ in range(2):
+        assert distance(expected, brought.run(pipe, "qwen-image", **guided)) <= 1e-5
+    assert pipe.transformer.shardit_overlap.overlapped > 0
+
+
+@pytest.mark.parametrize("way", ["ulysses", "ring"])
+def test_messages_inside_an_operation(way: str) -> None:
+    """Operations of torch end in the reverse order of their beginning, also of two calls in flight."""
+    tiny.resolve("tiny/qwen-image")
+    run_ranks(2, own_operation, way)
 
 
 def messages_first(rank: int, count: int, method: str) -> None:

@@ -358,3 +358,12 @@ def test_a_folder_of_adapters_of_which_one_is_damaged(tmp_path, monkeypatch):
     for name in ("one", "two"):
         (tmp_path / f"{name}.safetensors").write_bytes(b"")
     preflight.check("tiny/flux", DiffusionParallelConfig(), model_options(lora=tmp_path))
+
+
+def test_a_folder_without_permission(tmp_path, monkeypatch, capsys):
+    from shardit.cli import main
+
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path) != tmp_path)
+    for command in ("inspect", "serve"):
+        assert main([command, str(tmp_path)]) == 2
+        assert f"error: model {tmp_path} cannot be used: Permission denied; choose another" in capsys.readouterr().err

@@ -53,6 +53,9 @@ class RequestLimits(ResultLimits):
     )
 
 
+DATABASE = "jobs.sqlite"
+"""The file of the jobs in a data folder."""
+
 _POSITIVE = number(above=0, maximum=1e6)
 
 

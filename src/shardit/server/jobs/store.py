@@ -6,7 +6,9 @@ between any two lines; a job ends by a single UPDATE that only matches an open j
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import sqlite3
 import time
@@ -20,6 +22,7 @@ from shardit.server.jobs.admission import check_inputs, insert, known_or_room, w
 from shardit.server.jobs.database import Database
 from shardit.server.jobs.job import ENDED, Job, Kind, NewJob, State, is_id, new_id
 from shardit.server.jobs.rows import job_of
+from shardit.server.options import DATABASE
 
 CANCELLED_WAITING = "cancelled_waiting"
 """Name for `recall`: the number of jobs ever cancelled before a rank had them."""
@@ -36,7 +39,9 @@ class Store:
         self._clock = clock
         try:
             (folder / "jobs").mkdir(parents=True, exist_ok=True)
-            self._db = Database(folder / "jobs.sqlite")
+            if not os.access(folder / "jobs", os.W_OK | os.X_OK):  # every job would fail when its files are written
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder / "jobs"))
+            self._db = Database(folder / DATABASE)
         except (OSError, sqlite3.Error) as error:
             raise InputError(
                 f"the data folder {folder} cannot be used ({error}); choose another with --data-dir"

@@ -367,3 +367,28 @@ def test_a_folder_without_permission(tmp_path, monkeypatch, capsys):
     for command in ("inspect", "serve"):
         assert main([command, str(tmp_path)]) == 2
         assert f"error: model {tmp_path} cannot be used: Permission denied; choose another" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "package"),
+    [
+        ("DPMSolverSDEScheduler", {}, "torchsde"),
+        ("CosineDPMSolverMultistepScheduler", {}, "torchsde"),
+        ("LMSDiscreteScheduler", {}, "scipy"),
+        ("EulerDiscreteScheduler", {"use_beta_sigmas": True}, "scipy"),
+        ("EulerDiscreteScheduler", {"use_karras_sigmas": True}, None),
+    ],
+)
+def test_schedulers_whose_packages_are_missing(name, arguments, package, monkeypatch):
+    from shardit.diffusion.preflight import static_scheduler
+
+    options = model_options(scheduler=name, scheduler_args=arguments)
+    monkeypatch.setattr(static_scheduler, "is_missing", lambda one: one == package)
+    if package is None:
+        static_scheduler.check_scheduler_packages(options, "DDIMScheduler")
+        return
+    shown = f"scheduler: {name}{' with use_beta_sigmas' if arguments else ''} needs {package}"
+    with pytest.raises(InputError, match=f"{shown}, which is not installed: pip install {package}"):
+        static_scheduler.check_scheduler_packages(options, "DDIMScheduler")
+    monkeypatch.setattr(static_scheduler, "is_missing", lambda one: False)
+    static_scheduler.check_scheduler_packages(options, "DDIMScheduler")

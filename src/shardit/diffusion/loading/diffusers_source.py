@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import inspect
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,11 @@ def definitions(within: str) -> dict[str, ast.ClassDef]:
     root = folder(within)
     files = [] if root is None else sorted(root.glob("*.py"))
     return {name: node for file in files for name, node in _module(file)[0].items()}
+
+
+def definitions_in(file: Path) -> Iterable[ast.ClassDef]:
+    """Return the classes at the top level of a module."""
+    return _module(file)[0].values()
 
 
 def _classes(source: bytes) -> Iterator[ast.ClassDef]:

@@ -20,7 +20,7 @@ from shardit.diffusion.loading.required_packages import check_frameworks, check_
 from shardit.diffusion.loading.schedulers import has_default, no_scheduler, wants_scheduler
 from shardit.diffusion.loading.start_options import check_lora_file, check_lora_support
 from shardit.diffusion.preflight.static_degrees import check_degrees
-from shardit.diffusion.preflight.static_scheduler import check_scheduler_names
+from shardit.diffusion.preflight.static_scheduler import check_scheduler_names, check_scheduler_packages
 from shardit.loading.checkpoint import Checkpoint, check_variant
 from shardit.loading.dtypes import Setting, check_components
 from shardit.loading.hub import check_cached, index_folder
@@ -164,3 +164,4 @@ def _check_scheduler(known: Known, options: ModelOptions, takes: Mapping[str, An
     if part is None:
         raise no_scheduler()
     check_scheduler_names(options, str(part.class_name), known.scheduler_config, known.class_name)
+    check_scheduler_packages(options, str(part.class_name))

@@ -71,6 +71,7 @@ def test_invalid_keys_are_refused(told: str, monkeypatch: pytest.MonkeyPatch) ->
         ({"step_timeout": 0}, "--step-timeout must be above 0"),
         ({"keep_days": float("nan")}, "--keep-days must be above 0"),
         ({"keep_gib": -1}, "--keep-gib must be above 0"),
+        ({"fetch_host": ["127.0.0.1"]}, "--fetch-host 127.0.0.1 is a private address"),
         ({"port": 65536}, "--port must be from 0 to 65535"),
     ],
 )

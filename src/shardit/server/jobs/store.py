@@ -249,23 +249,20 @@ class Store:
         return [job_of(row) for row in rows[:limit]], len(rows) > limit
 
     def to_repeat(self) -> int:
-        """Return the number of queued jobs that have begun before: a start runs them again."""
-        row = self._db.one("SELECT COUNT(*) FROM jobs WHERE state='queued' AND attempts > 0")
-        assert row is not None
-        return row[0]
+        """Return the number of open jobs that have begun before: a start runs them again."""
+        return self._to_run("attempts > 0")
 
     def to_run(self) -> int:
         """Return the number of open jobs that a start continues: those that it drops or cancels are left out."""
-        row = self._db.one(
-            "SELECT COUNT(*) FROM jobs WHERE state IN ('queued', 'in_progress')"
-            " AND waits=0 AND kind<>'text' AND cancel_requested=0"
-        )
-        assert row is not None
-        return row[0]
+        return self._to_run("TRUE")
 
     def without_owner(self) -> int:
-        """Return the number of open jobs that were sent without a key."""
-        row = self._db.one("SELECT COUNT(*) FROM jobs WHERE owner IS NULL AND state IN ('queued', 'in_progress')")
+        """Return the number of open jobs that a start continues and that were sent without a key."""
+        return self._to_run("owner IS NULL")
+
+    def _to_run(self, which: str) -> int:
+        continued = "state IN ('queued', 'in_progress') AND waits=0 AND kind<>'text' AND cancel_requested=0"
+        row = self._db.one(f"SELECT COUNT(*) FROM jobs WHERE {continued} AND {which}")
         assert row is not None
         return row[0]
 

@@ -129,11 +129,11 @@ def owner(request: Request) -> str | None:
 
 
 def _idempotency_key(request: Request) -> str | None:
-    key = request.headers.get("idempotency-key")
-    if key is not None and not _KEY.fullmatch(key):
-        text = "the header Idempotency-Key must be 1 to 255 visible ASCII characters"
+    keys = request.headers.getlist("idempotency-key")
+    if len(keys) > 1 or not all(map(_KEY.fullmatch, keys)):
+        text = "the header Idempotency-Key must be 1 to 255 visible ASCII characters, and be given once"
         raise ApiError(400, text, code="invalid_value", param="Idempotency-Key")
-    return key
+    return keys[0] if keys else None
 
 
 def _check_kind(takes: PipelineSignature, kind: Kind) -> None:

@@ -114,6 +114,8 @@ NAMES = [
     ("", "MODEL=no-vae", "no-vae/vae is missing: download"),
     ("", "MODEL=no-shard", "00002-of-00004.safetensors is missing: download"),
     ("", "MODEL=no-weights", "no-weights/text_encoder has no weights"),
+    ("", "MODEL=no-config", "no-config/vae/config.json is damaged: download or copy it again"),
+    ("", "MODEL=no-steps", "no-steps/scheduler/scheduler_config.json is damaged: download or copy it again"),
     ("", "MODEL=no-entry", "has no transformer, which FluxPipeline needs"),
     ("", "MODEL=tiny/longcat-image-edit --image=a.png --lora=x.safetensors", "takes no LoRA"),
 ]
@@ -126,9 +128,11 @@ def place(tmp_path_factory):
 
     home = tmp_path_factory.mktemp("place")
     tiny.write("flux", home / "model")
-    for name in ("no-vae", "no-shard", "no-weights", "no-entry"):
+    for name in ("no-vae", "no-shard", "no-weights", "no-entry", "no-config", "no-steps"):
         shutil.copytree(home / "model", home / name)
     shutil.rmtree(home / "no-vae" / "vae")
+    (home / "no-config" / "vae" / "config.json").write_text("{")
+    (home / "no-steps" / "scheduler" / "scheduler_config.json").write_text("{")
     (home / "empty").mkdir()
     next((home / "no-shard" / "transformer").glob("*-00002-*")).unlink()
     (home / "no-weights" / "text_encoder" / "model.safetensors").unlink()

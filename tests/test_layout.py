@@ -226,16 +226,16 @@ def test_the_server_imports_no_torch() -> None:
 
 
 BUDGET = {
-    ".": 1327,
+    ".": 1329,
     "core": 7830,
-    "diffusion": 4055,
-    "engine": 3060,
-    "language": 2814,
-    "loading": 1430,
+    "diffusion": 4096,
+    "engine": 3069,
+    "language": 2829,
+    "loading": 1433,
     "models": 936,
     "parallel": 5250,
-    "server": 5318,
-    "settings": 464,
+    "server": 5335,
+    "settings": 469,
     "training": 4285,
 }
 """Lines of code of each folder, as `make size` counts them; a number is raised on purpose, or not at all."""

@@ -77,7 +77,7 @@ def inspect(flags: InspectFlags) -> None:
         from shardit.language.preflight import check_decoder, check_decoder_options
 
         check_decoder_options(flags.what(), {}, options)
-        check_decoder(source, config, None)
+        check_decoder(source, config, None, weights=source.has_weights)
         from shardit.engine.inspect_language import inspect_decoder
 
         return _show(inspect_decoder(source, config, dtype), flags.json)

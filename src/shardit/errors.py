@@ -87,9 +87,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def likeliest(word: str, known: Sequence[str]) -> str | None:
-    """Return the only known name that ends with the word, or the nearest, of like ones that with most words of it; None
-    if there is none."""
-    of_words = [one for one in known if len(word) > 2 and one.endswith(f"_{word}")]
+    """Return the only known name that ends or else begins with the word, or the nearest, of like ones that with most
+    words of it; None if there is none."""
+    ends = [one for one in known if len(word) > 2 and one.endswith(f"_{word}")]
+    begins = [one for one in known if len(word) > 2 and one.startswith(f"{word}_")]
+    of_words = begins if len(ends) != 1 else ends
     near = of_words if len(of_words) == 1 else difflib.get_close_matches(word, known, n=3)
     words = set(word.split("_"))
     return max(near, key=lambda one: len(words & set(one.split("_"))), default=None)  # the first of equal ones

@@ -114,6 +114,8 @@ NAMES = [
     ("", "MODEL=no-vae", "no-vae/vae is missing: download"),
     ("", "MODEL=no-shard", "00002-of-00004.safetensors is missing: download"),
     ("", "MODEL=no-weights", "no-weights/text_encoder has no weights"),
+    ("", "MODEL=no-config", "no-config/vae/config.json is damaged: download or copy it again"),
+    ("", "MODEL=no-steps", "no-steps/scheduler/scheduler_config.json is damaged: download or copy it again"),
     ("", "MODEL=no-entry", "has no transformer, which FluxPipeline needs"),
     ("", "MODEL=tiny/longcat-image-edit --image=a.png --lora=x.safetensors", "takes no LoRA"),
 ]
@@ -126,9 +128,11 @@ def place(tmp_path_factory):
 
     home = tmp_path_factory.mktemp("place")
     tiny.write("flux", home / "model")
-    for name in ("no-vae", "no-shard", "no-weights", "no-entry"):
+    for name in ("no-vae", "no-shard", "no-weights", "no-entry", "no-config", "no-steps"):
         shutil.copytree(home / "model", home / name)
     shutil.rmtree(home / "no-vae" / "vae")
+    (home / "no-config" / "vae" / "config.json").write_text("{")
+    (home / "no-steps" / "scheduler" / "scheduler_config.json").write_text("{")
     (home / "empty").mkdir()
     next((home / "no-shard" / "transformer").glob("*-00002-*")).unlink()
     (home / "no-weights" / "text_encoder" / "model.safetensors").unlink()
@@ -358,3 +362,37 @@ def test_a_folder_of_adapters_of_which_one_is_damaged(tmp_path, monkeypatch):
     for name in ("one", "two"):
         (tmp_path / f"{name}.safetensors").write_bytes(b"")
     preflight.check("tiny/flux", DiffusionParallelConfig(), model_options(lora=tmp_path))
+
+
+def test_a_folder_without_permission(tmp_path, monkeypatch, capsys):
+    from shardit.cli import main
+
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path) != tmp_path)
+    for command in ("inspect", "serve"):
+        assert main([command, str(tmp_path)]) == 2
+        assert f"error: model {tmp_path} cannot be used: Permission denied; choose another" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "package"),
+    [
+        ("DPMSolverSDEScheduler", {}, "torchsde"),
+        ("CosineDPMSolverMultistepScheduler", {}, "torchsde"),
+        ("LMSDiscreteScheduler", {}, "scipy"),
+        ("EulerDiscreteScheduler", {"use_beta_sigmas": True}, "scipy"),
+        ("EulerDiscreteScheduler", {"use_karras_sigmas": True}, None),
+    ],
+)
+def test_schedulers_whose_packages_are_missing(name, arguments, package, monkeypatch):
+    from shardit.diffusion.preflight import static_scheduler
+
+    options = model_options(scheduler=name, scheduler_args=arguments)
+    monkeypatch.setattr(static_scheduler, "is_missing", lambda one: one == package)
+    if package is None:
+        static_scheduler.check_scheduler_packages(options, "DDIMScheduler")
+        return
+    shown = f"scheduler: {name}{' with use_beta_sigmas' if arguments else ''} needs {package}"
+    with pytest.raises(InputError, match=f"{shown}, which is not installed: pip install {package}"):
+        static_scheduler.check_scheduler_packages(options, "DDIMScheduler")
+    monkeypatch.setattr(static_scheduler, "is_missing", lambda one: False)
+    static_scheduler.check_scheduler_packages(options, "DDIMScheduler")

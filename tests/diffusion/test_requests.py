@@ -16,6 +16,7 @@ from shardit.diffusion.output.output import Output
 from shardit.diffusion.request.build import build_requests, params_of
 from shardit.diffusion.request.model_info import ModelInfo
 from shardit.diffusion.request.pipeline_signature import PipelineSignature, signature_of
+from shardit.diffusion.request.result_limits import ResultLimits, limit_problem
 from shardit.errors import InputError
 from shardit.models import tiny
 from shardit.params import MAX_SEED, OmniDiffusionSamplingParams
@@ -525,6 +526,10 @@ def test_pictures_for_an_adapter_that_is_not_loaded():
 
 
 def test_more_outputs_than_any_pipeline_makes():
+    assert limit_problem({"audio_length_in_s": 1e9}, {}, ResultLimits()) == (
+        "audio_length_in_s",
+        "is 1000000000.0 seconds, the limit is 1048576; ask for less",
+    )
     refused("num_outputs_per_prompt is 10001 outputs, the limit is 10000", "a", num_outputs_per_prompt=10001)
 
 

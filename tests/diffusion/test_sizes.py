@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 from pathlib import Path
@@ -9,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import ConfigMixin, DiffusionPipeline
+from diffusers import ConfigMixin, DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler
 
 from shardit.config import DiffusionParallelConfig
+from shardit.diffusion.preflight.static_signature import static_signatures_of_model
 from shardit.diffusion.preflight.static_sizes import static_sizes
 from shardit.diffusion.request.advice import advice
 from shardit.diffusion.request.build import build_requests
@@ -73,6 +75,30 @@ def test_multiples_of_pipelines_that_cannot_be_tried(name, multiple):
     pipe = entries()[name].build()
     found = loaded_signature(pipe, SessionSpec("tiny/flux", DiffusionParallelConfig()), {})
     assert found.multiples == ({} if multiple is None else {"height": multiple, "width": multiple})
+
+
+@pytest.mark.parametrize(("name", "before"), [("StableDiffusionPipeline", 1), ("StableDiffusionXLPipeline", 2)])
+def test_what_the_parts_of_a_pipeline_do_not_take(name, before, tmp_path):
+    """`clip_skip` counts the states of the text encoders from the end; some schedulers take no list of noise levels."""
+    pipe = entries()[name].build()
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    found = loaded_signature(pipe, SessionSpec("tiny/flux", DiffusionParallelConfig()), {})
+    most = pipe.text_encoder.config.num_hidden_layers + 1 - before
+    call = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    with contextlib.suppress(AttributeError):  # the tested transformers has no `text_model`
+        pipe.encode_prompt("a", **call, clip_skip=most)
+    with pytest.raises(IndexError):
+        pipe.encode_prompt("a", **call, clip_skip=most + 1)
+    pipe.save_pretrained(tmp_path)
+    for takes in (found, static_signatures_of_model(tmp_path)[0]):
+        assert takes.limit_problem("clip_skip", most) is None
+        assert takes.limit_problem("clip_skip", most + 1) == f"clip_skip must be at most {most}, got {most + 1}"
+    assert found.limit_problem("sigmas", [1.0]).startswith("sigmas: DDIMScheduler takes none; leave it out")
+    with pytest.raises(ApiError, match="timesteps: DDIMScheduler takes none") as raised:
+        arguments({"prompt": "a", "timesteps": [1]}, found, ServeOptions("m", tmp_path))
+    assert raised.value.param == "timesteps"
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    assert not loaded_signature(pipe, SessionSpec("tiny/flux", DiffusionParallelConfig()), {}).refused
 
 
 @pytest.mark.parametrize(("name", "least"), [("qwen-image", 16), ("flux", 16), ("wan2.2-t2v", 8)])

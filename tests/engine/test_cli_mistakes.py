@@ -259,6 +259,7 @@ def test_a_last_word_of_a_name_goes_before_a_like_name():
     assert "'num_inference_steps'" in did_you_mean("steps", known)
     assert "'prompt'" in did_you_mean("promt", known)
     assert "'max_tokens'" in did_you_mean("max_completion_tokens", ["min_tokens", "max_tokens", "stop"])
+    assert "'mask_image'" in did_you_mean("mask", ["masked_image_latents", "mask_image", "sigmas"])
     assert did_you_mean("qqq", known) == ""
 
 

@@ -222,6 +222,13 @@ def test_idempotency(images: Served) -> None:
     done = images.call("POST", NOW, {"prompt": "a cat"}, {"Idempotency-Key": "once"})[1]
     assert done["id"] == first["id"]
     assert images.call("POST", NOW, {"prompt": "a cat"}, {"Idempotency-Key": "a b"})[0] == 400
+    connection = http.client.HTTPConnection("127.0.0.1", images.port)
+    connection.putrequest("POST", NOW)
+    for name, value in (("Idempotency-Key", "a"), ("Idempotency-Key", "b"), ("Content-Length", "2")):
+        connection.putheader(name, value)
+    connection.endheaders(b"{}")
+    assert b"given once" in connection.getresponse().read()
+    connection.close()
 
 
 def test_a_job_belongs_to_its_model(tmp_path: Path) -> None:

@@ -349,6 +349,16 @@ def test_the_models_own_name_for_fps(tmp_path: Path) -> None:
         assert (status, answer["error"]["param"]) == (400, "frame_rate")
 
 
+def test_a_pipeline_without_a_prompt(tmp_path: Path) -> None:
+    takes = PipelineSignature("DDPMPipeline", ("batch_size", "num_inference_steps"), outputs=("images",))
+    with serving(tmp_path, info=ModelInfo(takes)) as served:
+        for fields in ({}, {"prompt": ""}, {"prompt": None}):
+            status, job, _ = served.call("POST", "/v1/images/generations", fields, {"Prefer": "respond-async"})
+            assert (status, job["prompt"]) == (202, None), fields
+        error = error_of(served, NOW, {"prompt": "a cat"}, 400)
+        assert (error["param"], error["message"]) == ("prompt", "DDPMPipeline takes no prompt; leave it out")
+
+
 def test_models_that_need_what_no_request_holds(tmp_path: Path) -> None:
     takes = PipelineSignature(
         "FakeInpaintPipeline", ("prompt", "image", "mask_image"), images=("mask_image",), outputs=("images",)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -52,6 +53,19 @@ LIMIT, NEW = 256, 24
 GREEDY = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True)
 PADDED = ("llama", "gpt2", "mamba2")
 """Rotary positions, learned positions, and states that must not read padding."""
+
+
+def test_a_folder_of_configurations_is_inspected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = decoder_source("tiny/llama").folder
+    for name in ("config.json", "generation_config.json"):
+        shutil.copy(folder / name, tmp_path)
+    shown = []
+    for model in (str(folder), str(tmp_path)):
+        assert main(["inspect", model, "--json", "--dtype=float32", "--pipeline-parallel-size=2"]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert "the folder has no weights: bytes are those of float32" in capsys.readouterr().out
 
 
 def prompts() -> list[tuple[int, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import socket
@@ -16,6 +17,7 @@ from shardit.models.tiny.cache import cache_root
 from shardit.models.tiny.language import language_folder
 from shardit.server.entry.serve import listening, locked, serve
 from shardit.server.flags import ServeFlags
+from shardit.server.jobs.store import Store
 from shardit.server.keys import digest, owner_of
 
 
@@ -69,6 +71,7 @@ def test_invalid_keys_are_refused(told: str, monkeypatch: pytest.MonkeyPatch) ->
         ({"step_timeout": 0}, "--step-timeout must be above 0"),
         ({"keep_days": float("nan")}, "--keep-days must be above 0"),
         ({"keep_gib": -1}, "--keep-gib must be above 0"),
+        ({"fetch_host": ["127.0.0.1"]}, "--fetch-host 127.0.0.1 is a private address"),
         ({"port": 65536}, "--port must be from 0 to 65535"),
     ],
 )
@@ -138,6 +141,20 @@ def test_a_start_that_fails_for_its_port_leaves_nothing(tmp_path: Path) -> None:
             with pytest.raises(InputError, match="choose another with --port"):
                 serve(options(data_dir=folder, port=taken.getsockname()[1]))
     assert [path.name for path in tmp_path.rglob("*")] == ["old"]
+
+
+def test_folders_that_are_no_data_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, other = tmp_path / "model", tmp_path / "other"
+    for file in (model / "model_index.json", other / "jobs.sqlite"):
+        file.parent.mkdir()
+        file.touch()
+    for folder, words in ((model, "holds a model"), (other / "jobs", "lies in that of a server")):
+        with pytest.raises(InputError, match=f"{words}.*--data-dir"), locked(folder):
+            pass
+    assert [path.name for path in model.iterdir()] == ["model_index.json"]
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path).name != "jobs")
+    with pytest.raises(InputError, match=r"Permission denied: '.*jobs'\); choose another with --data-dir"):
+        Store(tmp_path / "data")
 
 
 def test_one_server_at_a_time_holds_a_data_folder(tmp_path: Path) -> None:

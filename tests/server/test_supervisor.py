@@ -255,7 +255,7 @@ def test_jobs_that_will_not_run_bind_to_no_model(commands: LightCommands, tmp_pa
     cancelled = store.queued()[1].id
     store.start(cancelled)
     store.request_cancel(cancelled)
-    assert store.to_run() == 0
+    assert (store.to_run(), store.to_repeat(), store.without_owner()) == (0, 0, 0)
     store.accept(NewJob("image", {"prompt": "a cat"}, 9, 1.0), queue_size=9)
     store.remember("model", "tiny/qwen-image")
     store.close()

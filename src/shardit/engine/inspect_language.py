@@ -21,7 +21,7 @@ EVERYWHERE = "outside of blocks"
 
 def inspect_decoder(source: DecoderSource, config: DiffusionParallelConfig, dtype: Setting = None) -> dict[str, Any]:
     """As `inspect_model`, with embedding, layers and head as components. Bytes are those in memory."""
-    prepared = PreparedDecoder(source, dtype, generates=False)
+    prepared = PreparedDecoder(source, dtype, generates=False, weights=source.has_weights)
     sizes, layout = axis_sizes(config), lay_out_decoder(prepared.module, config)
     ranks = []
     for rank in range(config.world_size):
@@ -30,11 +30,14 @@ def inspect_decoder(source: DecoderSource, config: DiffusionParallelConfig, dtyp
         components = _components(prepared.module, owned, first=coords["pp"] == layout.owners[0])
         ranks.append({"rank": rank, "coords": coords, "components": components})
     whole = sum(part["bytes"] for part in _components(prepared.module, lambda _: True, first=True).values())
+    stored = str(next(prepared.module.parameters()).dtype).removeprefix("torch.")
+    told = source.has_weights or dtype is not None
+    notes = [] if told else [f"the folder has no weights: bytes are those of {stored}; dtype (--dtype) says another"]
     return {
         "ranks": ranks,
         "chunks": 1,
         "bytes": whole,
-        "notes": [_cache_note(prepared.module, layout.owners, config), *layout.notes],
+        "notes": [_cache_note(prepared.module, layout.owners, config), *layout.notes, *notes],
     }
 
 

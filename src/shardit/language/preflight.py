@@ -50,12 +50,16 @@ def check_decoder_options(model: Any, given: Mapping[str, Any], options: ModelOp
 
 
 def check_decoder(
-    source: DecoderSource, config: DiffusionParallelConfig, max_model_len: int | None, loras: Sequence[Lora] = ()
+    source: DecoderSource,
+    config: DiffusionParallelConfig,
+    max_model_len: int | None,
+    loras: Sequence[Lora] = (),
+    weights: bool = True,
 ) -> None:
     """Raise InputError or UnsupportedError for what the files of a model and of its adapters show. What they do not
-    show is found when the model is built."""
+    show is found when the model is built. weights: whether the model needs its weights."""
     check_axes(config)
-    found = _of_config(source) if source.gguf is None else _of_gguf(source)
+    found = _of_config(source, weights) if source.gguf is None else _of_gguf(source)
     check_max_model_len(max_model_len, found.positions)
     for lora in loras:
         check_base(open_adapter(lora), source)
@@ -76,7 +80,7 @@ def info_of_files(source: DecoderSource) -> LanguageInfo | None:
     return LanguageInfo(own.positions, vocabulary, read_config(source.folder, _GENERATION))
 
 
-def _of_config(source: DecoderSource) -> _Numbers:
+def _of_config(source: DecoderSource, weights: bool = True) -> _Numbers:
     own = read_config(source.folder)
     name = str(source.architecture or own.get("model_type"))
     if "text_config" in own:  # a model of several parts
@@ -84,7 +88,7 @@ def _of_config(source: DecoderSource) -> _Numbers:
     numbers = {name: value for name, value in own.items() if isinstance(value, int) and value > 0}
     plain = own.get("model_type") in _PLAIN
     layers = numbers.get("num_hidden_layers") if plain else None
-    if source.remote is None:
+    if source.remote is None and weights:
         layers = _layers_of_files(source)
     positions = next((numbers[one] for one in POSITION_LIMITS if one in numbers), None)
     heads = numbers.get("num_attention_heads") if plain else None

@@ -85,6 +85,8 @@ def damaged_json(paths: Iterable[Path]) -> str | None:
     for path in sorted(paths):
         try:
             json.loads(path.read_text("utf-8"))
+        except PermissionError as error:
+            return f"{path} cannot be read ({error.strerror}): download or copy it again"
         except (OSError, ValueError, RecursionError):
             pointer = path.is_file() and path.read_bytes().startswith(LFS_POINTER)
             damage = "is a git-lfs pointer: run `git lfs pull` in its repository"

@@ -60,7 +60,8 @@ FRAMEWORKS = ("torch", "transformers", "safetensors", "tokenizers", "huggingface
 """Packages without which no model can be loaded; a pipeline needs diffusers, too."""
 
 SERVER = ("fastapi", "uvicorn", "pydantic", "starlette", "python_multipart", "prometheus_client", "structlog")
-"""Packages without which the server cannot start."""
+SERVER = (*SERVER, "h11", "anyio")
+"""Packages without which the server cannot start; those of uvicorn and starlette, too."""
 
 
 def check_installed(packages: Iterable[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from dataclasses import MISSING, dataclass, field
 from enum import Enum
@@ -52,6 +53,9 @@ class RequestLimits(ResultLimits):
         None, "Maximum number of unfinished jobs per API key. [default: no limit]", whole(1)
     )
 
+
+DATABASE = "jobs.sqlite"
+"""The file of the jobs in a data folder."""
 
 _POSITIVE = number(above=0, maximum=1e6)
 
@@ -145,4 +149,13 @@ def _origin(text: str) -> str:
 def _host(text: str) -> str:
     if not re.fullmatch(r"[a-z0-9.-]+", text.lower()):
         raise InputError(f"--fetch-host must be a name as in images.example.org, got {text!r}")
+    if _is_private(text):
+        raise InputError(f"--fetch-host {text} is a private address, which is never fetched from; leave it out")
     return text.lower()
+
+
+def _is_private(host: str) -> bool:
+    try:
+        return not ipaddress.ip_address(host).is_global
+    except ValueError:  # a name
+        return False

@@ -46,7 +46,7 @@ def check_name(what: str, path: str | os.PathLike[str]) -> None:
     data; a pipe that is open already, as of `<(command)` in a shell, is taken."""
     text = os.fspath(path)
     try:
-        is_pipe = stat.S_ISFIFO(os.stat(text).st_mode)
+        found = os.stat(text).st_mode
     except (FileNotFoundError, NotADirectoryError):
         return
     except ValueError:
@@ -57,8 +57,18 @@ def check_name(what: str, path: str | os.PathLike[str]) -> None:
         length = max(len(os.fsencode(part)) for part in Path(text).parts)
         shown = f"{text[:_SHOWN]}..." if len(text) > _SHOWN else text
         raise InputError(f"{what} {shown} is too long (a name of {length} bytes); choose a shorter one") from None
-    if is_pipe and not os.path.realpath(text).startswith(_OPEN_FILES):
+    if stat.S_ISDIR(found) and not os.access(text, os.X_OK):
+        raise InputError(f"{what} {text} cannot be used: {os.strerror(errno.EACCES)}; choose another")
+    if stat.S_ISFIFO(found) and not os.path.realpath(text).startswith(_OPEN_FILES):
         raise InputError(f"{what} {text} is a named pipe, not a regular file; choose another")
+
+
+def model_files(folder: Path) -> list[str]:
+    """Return the names of the files of a model or an adapter in a folder, sorted."""
+    return sorted(path.name for pattern in _OF_MODELS for path in folder.glob(pattern))
+
+
+_OF_MODELS = ("model_index.json", "config.json", "adapter_config.json", "*.safetensors", "*.gguf")
 
 
 def is_hub_id(model: str) -> bool:

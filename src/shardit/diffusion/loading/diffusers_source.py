@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,11 @@ def definitions(within: str) -> dict[str, ast.ClassDef]:
     return {name: node for file in files for name, node in _module(file)[0].items()}
 
 
+def definitions_in(file: Path) -> Iterable[ast.ClassDef]:
+    """Return the classes at the top level of a module."""
+    return _module(file)[0].values()
+
+
 def _classes(source: bytes) -> Iterator[ast.ClassDef]:
     return (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef))
 
@@ -100,11 +105,14 @@ def method(node: ast.ClassDef, name: str) -> ast.FunctionDef | None:
     return next((x for x in node.body if isinstance(x, ast.FunctionDef) and x.name == name), None)
 
 
-def refused_above(name: str) -> dict[str, int]:
+def refused_above(name: str, layers: Collection[int] = ()) -> dict[str, int]:
     """Return the largest values of arguments above which a pipeline class of diffusers raises, as in
-    `if max_sequence_length is not None and max_sequence_length > 512: raise ...`."""
+    `if max_sequence_length is not None and max_sequence_length > 512: raise ...`. layers: numbers of layers of the text
+    encoders, whose states `clip_skip` counts from the end."""
     nodes = list(lineage(name))
     found: dict[str, int] = {}
+    if layers and (skipped := _SKIPPED.search(module_of(name))):
+        found["clip_skip"] = min(layers) + 1 - int(skipped[1])
     for checks in ("check_inputs", "__call__"):
         function = next(filter(None, (method(node, checks) for node in nodes)), None)
         for line in [] if function is None else function.body:
@@ -125,6 +133,7 @@ def refused_without(name: str, config: Mapping[str, Any]) -> list[str]:
 
 
 _NEEDED = re.compile(r"self\.config\.(\w+) is None and (\w+) is not None")
+_SKIPPED = re.compile(r"\[-\(clip_skip \+ (\d)\)\]")
 _LIMIT = re.compile(r"(?:(\w+) is not None and )?(\w+) > (\d+)")
 
 

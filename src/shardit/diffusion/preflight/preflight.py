@@ -20,11 +20,12 @@ from shardit.diffusion.loading.required_packages import check_frameworks, check_
 from shardit.diffusion.loading.schedulers import has_default, no_scheduler, wants_scheduler
 from shardit.diffusion.loading.start_options import check_lora_file, check_lora_support
 from shardit.diffusion.preflight.static_degrees import check_degrees
-from shardit.diffusion.preflight.static_scheduler import check_scheduler_names
+from shardit.diffusion.preflight.static_scheduler import check_scheduler_names, check_scheduler_packages
+from shardit.errors import InputError
 from shardit.loading.checkpoint import Checkpoint, check_variant
 from shardit.loading.dtypes import Setting, check_components
 from shardit.loading.hub import check_cached, index_folder
-from shardit.loading.index import Component, check_complete, components, is_left_to_class, read_index
+from shardit.loading.index import Component, check_complete, components, damaged_json, is_left_to_class, read_index
 from shardit.loading.safetensors_file import Header
 from shardit.loading.source import local_folder
 from shardit.models.tiny.cache import check_cache, written_folder
@@ -145,6 +146,9 @@ def _check_files(known: Known, folder: Path, takes: Mapping[str, Any], options: 
         check_complete(folder, name, takes, optional, known.parts)
     if WHOLE in options.single_files:
         return {}  # the file decides which components come from the folder
+    read = [part.folder for key, part in known.parts.items() if key not in options.single_files]
+    if damage := damaged_json(path for one in read for file in _CONFIGS if (path := one / file).is_file()):
+        raise InputError(damage)
     checkpoints: dict[str, Checkpoint] = {}
     for component in known.models:
         part = known.parts[component]
@@ -157,6 +161,9 @@ def _check_files(known: Known, folder: Path, takes: Mapping[str, Any], options: 
     return checkpoints
 
 
+_CONFIGS = ("config.json", "scheduler_config.json")
+
+
 def _check_scheduler(known: Known, options: ModelOptions, takes: Mapping[str, Any]) -> None:
     part = known.parts.get("scheduler")
     if part is None and has_default(takes, "scheduler"):
@@ -164,3 +171,4 @@ def _check_scheduler(known: Known, options: ModelOptions, takes: Mapping[str, An
     if part is None:
         raise no_scheduler()
     check_scheduler_names(options, str(part.class_name), known.scheduler_config, known.class_name)
+    check_scheduler_packages(options, str(part.class_name))

@@ -13,6 +13,8 @@ from typing import Any
 from shardit.diffusion.loading.diffusers_source import (
     assigned,
     definitions,
+    definitions_in,
+    folder,
     is_exported,
     lineage,
     method,
@@ -26,6 +28,8 @@ from shardit.diffusion.loading.schedulers import (
     unknown_scheduler,
 )
 from shardit.diffusion.loading.timesteps import TimestepArguments, arguments_in
+from shardit.errors import InputError
+from shardit.loading.missing_packages import is_missing, pip_line
 from shardit.settings.model_options import ModelOptions
 
 _USUAL = {
@@ -58,6 +62,32 @@ def check_scheduler_names(options: ModelOptions, own: str, config: Mapping[str, 
             check_shift(name, made, _is_flow(own, made))
     if name != own and own in definitions("schedulers") and not _may_replace(name, own, config):
         raise unfit_scheduler(name, own, _proposed(own, config, _asked(pipeline)))
+
+
+def check_scheduler_packages(options: ModelOptions, own: str) -> None:
+    """Raise InputError, with the install command, if a package is missing without which diffusers does not make the
+    scheduler, at all or with these arguments."""
+    name = options.scheduler or own
+    lacking = [package for package in _packages(name) if is_missing(package)]
+    sigmas = sorted(key for key, value in options.scheduler_args.items() if value is True and key in _OF_SCIPY)
+    if sigmas and is_missing("scipy"):
+        name, lacking = f"{name} with {sigmas[0]}", ["scipy"]
+    if lacking:
+        text = f"{name} needs {', '.join(lacking)}, which is not installed: {pip_line(lacking)}"
+        raise InputError(f"scheduler: {text}")
+
+
+_OF_SCIPY = ("use_beta_sigmas",)
+
+
+def _packages(name: str) -> list[str]:
+    """Return the packages that a class of diffusers needs, from the stand-in that diffusers has without them."""
+    utils = folder("utils")
+    for file in [] if utils is None else sorted(utils.glob("dummy_*_objects.py")):
+        if f"\nclass {name}(".encode() in file.read_bytes():
+            node = next(one for one in definitions_in(file) if one.name == name)
+            return [str(one.value) for one in getattr(assigned(node, "_backends"), "elts", [])]
+    return []
 
 
 def _may_replace(name: str, own: str, config: Mapping[str, Any]) -> bool:

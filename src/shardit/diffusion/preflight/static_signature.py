@@ -18,7 +18,7 @@ from shardit.diffusion.loading.diffusers_source import (
     refused_without,
 )
 from shardit.diffusion.loading.variants import image_pipeline_name
-from shardit.diffusion.preflight.static_sizes import configs_in, static_sizes, with_defaults
+from shardit.diffusion.preflight.static_sizes import configs_in, layers_in, static_sizes, with_defaults
 from shardit.diffusion.request.pipeline_signature import PipelineSignature, has_adapter, signature_from
 
 
@@ -72,7 +72,7 @@ def _sized(found: PipelineSignature | None, configs: Mapping[str, Mapping[str, A
     return dataclasses.replace(
         found,
         **sizes,
-        most=refused_above(found.class_name),
+        most=refused_above(found.class_name, layers_in(configs)),
         lacks_adapter=has_method(found.class_name, "load_ip_adapter") and not adapted,
         adapted=adapted,
     )

@@ -40,6 +40,12 @@ def configs_in(parts: Mapping[str, Component]) -> dict[str, dict[str, Any]]:
     return {name: with_defaults(str(parts[name].class_name), one) for name, one in read.items() if one is not None}
 
 
+def layers_in(configs: Mapping[str, Mapping[str, Any]]) -> list[int]:
+    """Return the numbers of layers of the text encoders, from the configurations of the components."""
+    numbers = (one.get("num_hidden_layers") for name, one in configs.items() if name.startswith("text_encoder"))
+    return [number for number in numbers if isinstance(number, int)]
+
+
 def with_defaults(class_name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a component's configuration with the defaults of its class."""
     return {**init_defaults(class_name), **config}

@@ -81,6 +81,8 @@ class PipelineSignature:
     """The least height and width that leave latents (`least_sides`)."""
     most: Mapping[str, int] = field(default_factory=dict)
     """The largest values of arguments above which the pipeline raises (`refused_above`)."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Arguments that no value of the loaded pipeline fits, and the errors for them (`refused_lists`)."""
     made_by: Mapping[str, Any] = field(default_factory=dict)
     """The model, its revision, number formats and versions of packages, as JSON values: recorded in files."""
     outputs: tuple[str, ...] = ()
@@ -158,7 +160,9 @@ class PipelineSignature:
         return f"{name} must be a multiple of {step}, got {value}; use {f'{below} or ' if below else ''}{above}"
 
     def limit_problem(self, name: str, value: Any) -> str | None:
-        """Return the error in a number that the pipeline refuses as too large; None if it is valid."""
+        """Return the error in an argument that is refused, or a number that is too large; None if it is valid."""
+        if name in self.refused and value is not None:
+            return self.refused[name]
         most = self.most.get(name)
         if most is None or not isinstance(value, Integral) or int(value) <= most:
             return None

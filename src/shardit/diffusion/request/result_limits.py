@@ -68,7 +68,8 @@ def _counts(asked: Mapping[str, Any], limits: ResultLimits) -> _Amounts:
             found.append((name, _length(value), limits.steps, "steps"))
         elif (word := _COUNTED.search(name)) is not None:
             unit = "tokens" if word[0] == "length" else word[0]
-            found.append((name, max((one for one in _flat(value) if is_number(one)), default=0), bounds[unit], unit))
+            shown = "seconds" if name.endswith("_in_s") else unit
+            found.append((name, max((one for one in _flat(value) if is_number(one)), default=0), bounds[unit], shown))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Mapping, Sequence, Sized
 from typing import Any
 
@@ -29,3 +30,14 @@ def steps_problem(given: Mapping[str, Any]) -> str | None:
     if steps is None or not isinstance(values, Sized) or len(values) == steps:
         return None
     return f"{STEPS} and {name} disagree ({steps} and {len(values)} entries); give one of them"
+
+
+def refused_lists(names: Collection[str], scheduler: Any, source: str) -> dict[str, str]:
+    """Return the errors for lists that a pipeline takes and its scheduler does not, by name. names: arguments of the
+    pipeline. source: of its module, which passes the lists on with a function of diffusers, or does not."""
+    method = getattr(type(scheduler), "set_timesteps", None)
+    if method is None or "retrieve_timesteps" not in source:
+        return {}
+    taken, own = inspect.signature(method).parameters, type(scheduler).__name__
+    advice = "leave it out, or choose another scheduler (--scheduler)"
+    return {name: f"{name}: {own} takes none; {advice}" for name in LISTS if name in names and name not in taken}

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from shardit.config import DiffusionParallelConfig
-from shardit.diffusion.loading.diffusers_source import refused_above, refused_without
+from shardit.diffusion.loading.diffusers_source import module_of, refused_above, refused_without
 from shardit.diffusion.loading.required_packages import missing
-from shardit.diffusion.preflight.static_sizes import static_sizes
+from shardit.diffusion.preflight.static_sizes import layers_in, static_sizes
 from shardit.diffusion.request.pipeline_signature import PipelineSignature, has_adapter, signature_of
 from shardit.diffusion.request.size_multiples import least_sides, size_multiples
+from shardit.diffusion.request.step_lists import refused_lists
 from shardit.engine.nodes.node_info import versions
 from shardit.engine.nodes.revision import model_revision, revision_of
 from shardit.loading.hub import cached
@@ -36,12 +37,21 @@ def loaded_signature(pipe: Any, spec: SessionSpec, index: dict[str, Any], rate: 
     return dataclasses.replace(
         found.without(refused_without(found.class_name, index) if own else ()),
         **sizes,
-        most=refused_above(found.class_name) if own else {},
+        most=refused_above(found.class_name, layers_in(_texts(pipe))) if own else {},
+        refused=refused_lists(found.names, pipe.components.get("scheduler"), module_of(found.class_name))
+        if own
+        else {},
         made_by=_made_by(spec),
         missing=missing(type(pipe)),
         lacks_adapter=lacks,
         adapted=adapted,
     )
+
+
+def _texts(pipe: Any) -> dict[str, Mapping[str, Any]]:
+    """Return the configurations of the components that are of transformers, by name."""
+    configs = {name: getattr(part, "config", None) for name, part in pipe.components.items()}
+    return {name: vars(config) for name, config in configs.items() if hasattr(config, "model_type")}
 
 
 def _made_by(spec: SessionSpec) -> dict[str, Any]:

@@ -78,10 +78,16 @@ def _refuse_second_adapter(folder: Path, loras: Sequence[Lora]) -> None:
 
 class PreparedDecoder:
     """A language model on meta, with the files of its weights, and the adapters that loading merges into them. Raises
-    InputError for adapters that do not fit. generates: whether the model has to generate tokens."""
+    InputError for adapters that do not fit. generates: whether the model has to generate tokens. weights: whether it
+    needs its weights."""
 
     def __init__(
-        self, source: DecoderSource, dtype: Setting = None, loras: Sequence[Lora] = (), generates: bool = True
+        self,
+        source: DecoderSource,
+        dtype: Setting = None,
+        loras: Sequence[Lora] = (),
+        generates: bool = True,
+        weights: bool = True,
     ):
         self.source, self.kept = source, dtype_of(dtype, "model")
         if source.gguf is None and (source.folder / ADAPTER_CONFIG).is_file():
@@ -91,6 +97,8 @@ class PreparedDecoder:
         if source.gguf is not None:
             self._file = GGUFFile(source.folder / source.gguf)
             self.module: Any = self._file.build(self.kept)
+        elif not weights:
+            self.module = build(class_of(source, generates), source.folder, self.kept)
         else:
             self._checkpoint = Checkpoint.open(source.folder, source.remote)
             self.module = build(class_of(source, generates), source.folder, self.kept, self._checkpoint.stored_dtype)

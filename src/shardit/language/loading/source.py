@@ -15,6 +15,7 @@ from shardit.language.loading.gguf_header import check_magic, check_package, par
 from shardit.loading.hub import FlatRemote, flat_on_hub, open_flat
 from shardit.loading.index import INDEX, damaged_json, refuse_adapter
 from shardit.loading.quiet import quiet
+from shardit.loading.weight_names import is_weights
 from shardit.models.tiny.language import CONFIGURATIONS, language_folder
 from shardit.models.tiny.recipes.catalog import RECIPES
 from shardit.settings.paths import is_hub_id, user_path
@@ -79,6 +80,12 @@ class DecoderSource:
         of = self.folder / (self.gguf or "")
         text = f"transformers cannot read the tokenizer of {of} ({first_line(error)})"
         return text if isinstance(error, ImportError) else f"{text}: {again}"  # it names the package to install
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether there are weights, here or on the hub; a folder may hold configurations alone."""
+        local = self.gguf is None and self.remote is None
+        return not local or any(is_weights(file.name) for file in self.folder.iterdir())
 
     @property
     def model_type(self) -> str | None:

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardit.errors import InputError
-from shardit.server.options import ServeOptions
+from shardit.server.options import DATABASE, ServeOptions
 from shardit.server.process import api_process
-from shardit.settings.paths import check_name
+from shardit.settings.paths import check_name, model_files
 
 if TYPE_CHECKING:
     from shardit.engine.process.placement import Placement
@@ -46,7 +46,7 @@ def serve(options: ServeOptions, placement: Placement | None = None, grace_s: fl
         try:
             return Supervisor(options, api, listener, placement or _placement_for(options)).run()
         except sqlite3.Error as error:
-            text = f"the data folder {options.data_dir} cannot be written ({error}); make room there"
+            text = f"the data folder {options.data_dir} cannot be written ({error}); make it writable or choose another"
             raise InputError(text) from error
 
 
@@ -83,12 +83,23 @@ def listening(host: str, port: int, grace_s: float = 0.0) -> Iterator[socket.soc
         yield listener
 
 
+def _check_apart(folder: Path) -> None:
+    """Raise InputError for a folder that holds a model, and for one within the data folder of a server."""
+    if files := model_files(folder):
+        raise InputError(f"the data folder {folder} holds a model ({files[0]}); choose another with --data-dir")
+    for parent in folder.resolve().parents:
+        if os.access(parent, os.X_OK) and (parent / DATABASE).is_file():
+            text = f"the data folder {folder} lies in that of a server, {parent}; choose another with --data-dir"
+            raise InputError(text)
+
+
 @contextlib.contextmanager
 def locked(folder: Path, grace_s: float = 0.0) -> Iterator[bool]:
     """Lock the data folder for this server; yields whether the previous server was killed, so that its processes may
     still be running. Raises InputError if another server holds the folder for `grace_s` seconds."""
     deadline = time.monotonic() + grace_s
     check_name("data folder", folder)
+    _check_apart(folder)
     made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)

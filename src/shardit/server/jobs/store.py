@@ -6,7 +6,9 @@ between any two lines; a job ends by a single UPDATE that only matches an open j
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import sqlite3
 import time
@@ -20,6 +22,7 @@ from shardit.server.jobs.admission import check_inputs, insert, known_or_room, w
 from shardit.server.jobs.database import Database
 from shardit.server.jobs.job import ENDED, Job, Kind, NewJob, State, is_id, new_id
 from shardit.server.jobs.rows import job_of
+from shardit.server.options import DATABASE
 
 CANCELLED_WAITING = "cancelled_waiting"
 """Name for `recall`: the number of jobs ever cancelled before a rank had them."""
@@ -36,7 +39,9 @@ class Store:
         self._clock = clock
         try:
             (folder / "jobs").mkdir(parents=True, exist_ok=True)
-            self._db = Database(folder / "jobs.sqlite")
+            if not os.access(folder / "jobs", os.W_OK | os.X_OK):  # every job would fail when its files are written
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder / "jobs"))
+            self._db = Database(folder / DATABASE)
         except (OSError, sqlite3.Error) as error:
             raise InputError(
                 f"the data folder {folder} cannot be used ({error}); choose another with --data-dir"
@@ -244,23 +249,20 @@ class Store:
         return [job_of(row) for row in rows[:limit]], len(rows) > limit
 
     def to_repeat(self) -> int:
-        """Return the number of queued jobs that have begun before: a start runs them again."""
-        row = self._db.one("SELECT COUNT(*) FROM jobs WHERE state='queued' AND attempts > 0")
-        assert row is not None
-        return row[0]
+        """Return the number of open jobs that have begun before: a start runs them again."""
+        return self._to_run("attempts > 0")
 
     def to_run(self) -> int:
         """Return the number of open jobs that a start continues: those that it drops or cancels are left out."""
-        row = self._db.one(
-            "SELECT COUNT(*) FROM jobs WHERE state IN ('queued', 'in_progress')"
-            " AND waits=0 AND kind<>'text' AND cancel_requested=0"
-        )
-        assert row is not None
-        return row[0]
+        return self._to_run("TRUE")
 
     def without_owner(self) -> int:
-        """Return the number of open jobs that were sent without a key."""
-        row = self._db.one("SELECT COUNT(*) FROM jobs WHERE owner IS NULL AND state IN ('queued', 'in_progress')")
+        """Return the number of open jobs that a start continues and that were sent without a key."""
+        return self._to_run("owner IS NULL")
+
+    def _to_run(self, which: str) -> int:
+        continued = "state IN ('queued', 'in_progress') AND waits=0 AND kind<>'text' AND cancel_requested=0"
+        row = self._db.one(f"SELECT COUNT(*) FROM jobs WHERE {continued} AND {which}")
         assert row is not None
         return row[0]
 

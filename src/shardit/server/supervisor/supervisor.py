@@ -96,7 +96,7 @@ class Supervisor:
         forced_exit = ForcedExit(self.log)
         self.store.recover()
         repeat = self.store.to_repeat()
-        new = self.store.counts().get("queued", 0) - repeat
+        new = self.store.to_run() - repeat
         host, port = self.listener.getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         self.log.info("serving", url=url, model=self.options.model, jobs_to_repeat=repeat, jobs_waiting=new)

@@ -34,6 +34,12 @@ def pipeline_names(info: ModelInfo | None) -> list[str]:
     return list(names)
 
 
+def with_prompt(values: Mapping[str, Any], info: ModelInfo) -> Mapping[str, Any]:
+    """Return the fields of a request with an empty prompt, which all requests have, if the pipeline takes none."""
+    taken = any("prompt" in signature.names for signature in info.signatures)
+    return values if taken or values.get("prompt") is not None else {**values, "prompt": ""}
+
+
 def _is_sendable(name: str, takes: PipelineSignature) -> bool:
     # A text for an image would be a path on this machine. A number is none, whatever its name (image_guidance_scale).
     number = only_numbers(takes.forms.get(name, ())) or isinstance(takes.defaults.get(name), (int, float))
@@ -95,7 +101,7 @@ def arguments(values: Mapping[str, Any], takes: PipelineSignature, options: Serv
     suffix = ".mp4" if takes.kind == "video" else f".{values.get('output_format', 'auto')}"
     if problem := side_problem(suffix, given.get("width"), given.get("height")):
         raise ApiError(400, problem, code="too_large", param="size")
-    for name in takes.most:
+    for name in (*takes.most, *takes.refused):
         if problem := takes.limit_problem(name, given.get(name, given.get("extra_args", {}).get(name))):
             raise ApiError(400, problem, code="invalid_value", param=name)
     for name in SIDES:
@@ -153,7 +159,7 @@ def check_limits(given: Mapping[str, Any], takes: PipelineSignature, limits: Req
 def _check_taken(given: Mapping[str, Any], values: Mapping[str, Any], takes: PipelineSignature) -> None:
     for name, value in given.items():
         needless = name == "num_outputs_per_prompt" and value == 1  # one is the default of every pipeline
-        if name in takes.choices or name in ("prompt", "extra_args") or needless:
+        if name in takes.choices or name == "extra_args" or needless:
             continue
         shown = name if name in values else _SHOWN_AS[name]
         raise ApiError(400, f"{takes.class_name} takes no {shown}; leave it out", code="invalid_value", param=shown)

@@ -30,7 +30,14 @@ from shardit.server.http.state.context import Context
 from shardit.server.http.submit.body import Body, read_body
 from shardit.server.http.submit.image_checks import check_header, check_whole
 from shardit.server.http.submit.input_images import input_images
-from shardit.server.http.submit.resolve import arguments, check_encoding, check_model, encoding_of, pipeline_names
+from shardit.server.http.submit.resolve import (
+    arguments,
+    check_encoding,
+    check_model,
+    encoding_of,
+    pipeline_names,
+    with_prompt,
+)
 from shardit.server.jobs.admission import Conflict, QueueFull
 from shardit.server.jobs.job import Job, Kind, NewJob
 from shardit.server.jobs.job_request import build_request
@@ -78,7 +85,7 @@ async def submit_job(
     _check_kind(info.signature, kind)
     if problem := unservable(info.signature):
         raise ApiError(400, problem, code="unsupported_model", param="model")
-    values = check_fields(model, body.values, pipeline_names(info))
+    values = check_fields(model, with_prompt(body.values, info), pipeline_names(info))
     check_model(values, context.options)
     if one and values.get("n", 1) > 1:
         text = "n must be 1 if the answer is one file; for several make a job, without /sync"
@@ -122,11 +129,11 @@ def owner(request: Request) -> str | None:
 
 
 def _idempotency_key(request: Request) -> str | None:
-    key = request.headers.get("idempotency-key")
-    if key is not None and not _KEY.fullmatch(key):
-        text = "the header Idempotency-Key must be 1 to 255 visible ASCII characters"
+    keys = request.headers.getlist("idempotency-key")
+    if len(keys) > 1 or not all(map(_KEY.fullmatch, keys)):
+        text = "the header Idempotency-Key must be 1 to 255 visible ASCII characters, and be given once"
         raise ApiError(400, text, code="invalid_value", param="Idempotency-Key")
-    return key
+    return keys[0] if keys else None
 
 
 def _check_kind(takes: PipelineSignature, kind: Kind) -> None:

@@ -17,7 +17,7 @@ from shardit.loading.missing_packages import FRAMEWORKS, check_installed, is_mis
 from shardit.settings.checks import text_problem
 from shardit.settings.declare import check_declared
 from shardit.settings.model_options import ModelOptions
-from shardit.settings.paths import user_path
+from shardit.settings.paths import model_files, user_path
 from shardit.training.data.sources.find import find_items
 from shardit.training.language.only_diffusion import check_settings
 from shardit.training.language.rows import read_rows
@@ -42,9 +42,6 @@ _BY_TENSOR = {
 HUB = "hf:"
 _OTHER_DATA = ("shapes:", HUB)
 """Beginnings of data that is no path."""
-
-_OF_MODELS = ("model_index.json", "config.json", "adapter_config.json", "*.safetensors", "*.gguf")
-"""Files of models and adapters in their folder."""
 
 
 def check(settings: TrainSettings, config: DiffusionParallelConfig) -> str:
@@ -95,8 +92,7 @@ def check_paths(settings: TrainSettings) -> None:
 def _check_without_model(output: Path) -> None:
     """Raise InputError for a folder with a model that no run has made: the result would replace its files."""
     folder = user_path("--output", output)
-    model = sorted(path.name for pattern in _OF_MODELS for path in folder.glob(pattern))
-    if model:
+    if model := model_files(folder):
         raise InputError(f"--output {output} holds a model ({model[0]}), which a run replaces: name another folder")
 
 

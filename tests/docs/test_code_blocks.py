@@ -86,6 +86,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             Path(block.text.splitlines()[0].removeprefix("# ")).write_text(block.text, "utf-8")
     Path("rows.jsonl").write_text('{"text": "Once upon a time"}\n', "utf-8")
     Path("my_clips").mkdir()
+    Path("my_clips", "a.mp4").touch()
+    Path("my_clips", "a.txt").write_text("a cat", "utf-8")
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     return tmp_path
 

@@ -59,8 +59,10 @@ def import_failure(error: BaseException) -> ImportError | None:
 FRAMEWORKS = ("torch", "transformers", "safetensors", "tokenizers", "huggingface_hub", "greenlet", "numpy", "tqdm")
 """Packages without which no model can be loaded; a pipeline needs diffusers, too."""
 
-SERVER = ("fastapi", "uvicorn", "pydantic", "starlette", "python_multipart", "prometheus_client", "structlog")
-SERVER = (*SERVER, "h11", "anyio")
+SERVER = (
+    *("fastapi", "uvicorn", "h11", "pydantic", "starlette", "anyio"),
+    *("python_multipart", "prometheus_client", "structlog"),
+)
 """Packages without which the server cannot start; those of uvicorn and starlette, too."""
 
 

@@ -236,7 +236,7 @@ BUDGET = {
     "parallel": 5250,
     "server": 5335,
     "settings": 469,
-    "training": 4285,
+    "training": 4287,
 }
 """Lines of code of each folder, as `make size` counts them; a number is raised on purpose, or not at all."""
 

@@ -260,11 +260,13 @@ def test_the_kind_of_model_decides_the_recipe(tmp_path: Path) -> None:
     [
         ("tiny/llama", '{"texts": "a"}', "rows.jsonl:1 has neither text nor messages"),
         ("tiny/flux", '{"file": "none.png", "caption": "a"}', "none.png does not exist"),
+        ("tiny/flux", "", "pip install datasets"),
     ],
 )
 def test_wrong_rows_are_found_before_torch_is_imported(model: str, row: str, told: str, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(row + "\n")
-    words = ["train", "--model", model, "--output", str(tmp_path / "out"), "--data", str(tmp_path / "rows.jsonl")]
+    data = str(tmp_path / "rows.jsonl") if row else "hf:somebody/pictures"
+    words = ["train", "--model", model, "--output", str(tmp_path / "out"), "--data", data]
     code = f"import sys; from shardit import cli; assert cli.main({words!r}) == 2; assert 'torch' not in sys.modules"
     ran = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert told in ran.stderr

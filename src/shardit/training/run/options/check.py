@@ -151,7 +151,9 @@ def _check_data(settings: TrainSettings, read: Callable[[str, str], object]) -> 
 
 def _find_items(name: str, text: str) -> None:
     """Find the items of images and clips, but for those that have to be downloaded."""
-    if not text.startswith(HUB):
+    if text.startswith(HUB):
+        check_installed(["datasets"])
+    else:
         find_items(text, held_out=name == "validation_data")
 
 

@@ -231,7 +231,7 @@ BUDGET = {
     "diffusion": 4096,
     "engine": 3069,
     "language": 2829,
-    "loading": 1433,
+    "loading": 1435,
     "models": 936,
     "parallel": 5250,
     "server": 5335,

@@ -10,6 +10,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
 import shardit
 from shardit import DiffusionParallelConfig, UnsupportedError
+from shardit.core.modules.state.contents import content_of, restore_content, written
 from shardit.core.modules.state.module_state import differences, state_of
 from shardit.models import tiny
 from tests.diffusion.test_parallelize import join
@@ -85,3 +86,18 @@ def test_tensors_in_slots_are_found() -> None:
     assert differences(before, state_of(block)) == []
     block.processor.kept.append(1)
     assert differences(before, state_of(block)) == ["processor.kept"]
+
+
+@pytest.mark.parametrize("size", [8, 100])  # small ones are copied
+def test_weights_that_get_other_data_in_inference_mode(size: int) -> None:
+    """Layerwise casting does that; these tensors have no version, and a trial call restores nothing."""
+    weight = torch.nn.Parameter(torch.ones(size))
+    before = content_of("weight", weight, copies=True, outside=False)
+    with torch.inference_mode():
+        weight.data = weight.data.bfloat16().float()
+    after = content_of("weight", weight, copies=True, outside=False)
+    assert before is not None
+    assert after is not None
+    assert after.version is None
+    assert not written(before, after)
+    restore_content(before)

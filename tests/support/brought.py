@@ -425,7 +425,9 @@ def layerwise_casting(pipe: Any, name: str, shard: Shard, folder: str) -> list[t
 def layerwise_casting_after(pipe: Any, name: str, shard: Shard, folder: str) -> list[torch.Tensor]:
     shard(pipe)
     pipe.transformer.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
-    return [run(pipe, name)]
+    outs = [run(pipe, name)]
+    with torch.inference_mode():  # replaces the data of weights by tensors without versions
+        return [*outs, guided(pipe, name).clone()]
 
 
 def dynamic_quantisation(pipe: Any, name: str, shard: Shard, folder: str) -> list[torch.Tensor]:

@@ -62,8 +62,10 @@ def content_of(path: str, value: Any, copies: bool, outside: bool) -> Content | 
 
 
 def written(before: Content, after: Content) -> bool:
-    """Return whether a value was written to between two contents, as far as that can be detected."""
-    return before.version != after.version or differs(before, after)
+    """Return whether a value was written to between two contents, as far as that can be detected. A tensor whose `data`
+    were replaced in inference mode (by layerwise casting, say) has no version any more."""
+    counted = before.version is not None and after.version is not None
+    return (counted and before.version != after.version) or differs(before, after)
 
 
 def differs(before: Content, after: Content) -> bool:
@@ -102,7 +104,7 @@ def restore_content(content: Content) -> None:
         elif differs(content, now):
             with torch.no_grad():
                 value.copy_(held)
-        content.version = None if content.version is None else value._version
+        content.version = None if content.version is None else version_of(value)
     elif isinstance(value, numpy.ndarray):
         value[...] = held
     elif is_generator(value):

@@ -194,3 +194,34 @@ def test_omni_deals_requests_and_keeps_their_order() -> None:
         assert torch.equal(outputs[0].latents, outputs[2].latents)
         assert all(len(output.peak_bytes) == 2 for output in outputs)
         assert omni.generate("a cat", seed=5, **call)[0].error is None  # the second copy has nothing to do
+
+
+def fails_later(rank: int, count: int, method: str) -> list[str]:
+    """Call a pipeline whose model fails outside of its blocks in the second step, for one branch alone; then again."""
+    join(rank, count, method)
+    pipe, state = brought.pipeline("flux"), {"armed": False}
+    parallelize(pipe, timeout_s=20, **TWO)
+
+    def fail(*_: Any) -> None:
+        if state["armed"]:
+            raise ValueError("mine")
+
+    def arm(pipe: Any, step: int, time: Any, values: dict[str, Any]) -> dict[str, Any]:
+        state["armed"] = step == 0
+        return values
+
+    pipe.transformer.x_embedder.register_forward_pre_hook(fail)
+    said = []
+    for callback in (None, arm, None):
+        state["armed"] = False
+        try:
+            brought.guided(pipe, "flux", callback_on_step_end=callback)
+            said.append("right")
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def test_an_error_before_the_first_block_is_raised_on_all_ranks() -> None:
+    """Under guidance a call runs on one rank, which alone meets it; the other does not wait for its result."""
+    assert run_ranks(2, fails_later) == [["right", "mine", "right"]] * 2

@@ -128,7 +128,7 @@ class StagedCall:
         except RankError:
             raise
         except Exception as error:
-            if self._site == 0:
+            if self._site == 0 and self._runtime.mesh.sizes["cfg"] == 1:
                 raise  # in the prologue, which every rank runs: the caller's error
             raise BlockError(self._runtime.mesh.rank, traceback.format_exc()) from error
         finally:

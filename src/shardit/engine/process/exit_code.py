@@ -74,7 +74,7 @@ def _usage(error: Any) -> str:
     if commands and text.startswith("No such command"):
         return f"{text} Commands: {', '.join(commands)}."
     if text.startswith("Got unexpected extra argument"):
-        missing = [one for one in ("model", "prompt") if f"--{one}" in _flags_of(command) and not error.ctx.params[one]]
+        missing = [one for one in ("model", "prompt") if f"--{one}" in _flags_of(command) and not error.ctx.params.get(one)]
         return f"{text}; the {missing[0]} is given as --{missing[0]}" if missing else text
     flag = str(getattr(error, "option_name", ""))
     name = flag.lstrip("-").replace("-", "_")

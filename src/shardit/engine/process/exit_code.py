@@ -74,7 +74,8 @@ def _usage(error: Any) -> str:
     if commands and text.startswith("No such command"):
         return f"{text} Commands: {', '.join(commands)}."
     if text.startswith("Got unexpected extra argument"):
-        missing = [one for one in ("model", "prompt") if f"--{one}" in _flags_of(command) and not error.ctx.params.get(one)]
+        given, flags = error.ctx.params, _flags_of(command)
+        missing = [one for one in ("model", "prompt") if f"--{one}" in flags and not given.get(one)]
         return f"{text}; the {missing[0]} is given as --{missing[0]}" if missing else text
     flag = str(getattr(error, "option_name", ""))
     name = flag.lstrip("-").replace("-", "_")

@@ -229,7 +229,7 @@ BUDGET = {
     ".": 1329,
     "core": 7830,
     "diffusion": 4096,
-    "engine": 3069,
+    "engine": 3070,
     "language": 2829,
     "loading": 1435,
     "models": 936,

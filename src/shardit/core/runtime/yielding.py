@@ -19,6 +19,7 @@ looking: contextvars.ContextVar[Callable[[], None] | None] = contextvars.Context
 
 
 _OPERATIONS = frozenset(one.__call__.__code__ for one in (torch._ops.OpOverload, torch._ops.OpOverloadPacket))
+"""Code of the calls of torch's operations."""
 
 
 def yield_while_waiting() -> None:

@@ -1,5 +1,5 @@
-"""`python -m tests.support.random_programs --first 0 --count 20`: random programs of a user on two ranks, against plain
-diffusers.
+"""`python -m tests.pipelines.random_programs --first 0 --count 20`: random programs of a user on two ranks, against
+plain diffusers.
 
 A program calls a pipeline and changes it in turn: adapters, hooks, processors, schedulers, callbacks, compiled blocks.
 It runs on plain diffusers and on two ranks of a random axis. A line for each program has what differs first. "refused"
@@ -27,6 +27,7 @@ import shardit
 from shardit.errors import InputError, UnsupportedError
 from shardit.models import tiny
 from tests.pipelines.entry import entries
+from tests.pipelines.runs import NotSame, arrays_of, built, distance
 from tests.support.brought import TARGETS, mapped, write_lora
 from tests.support.ranks import RanksFailed, run_ranks
 
@@ -71,7 +72,7 @@ class State:
         return max((list(one) for one in self.model.modules() if isinstance(one, torch.nn.ModuleList)), key=len)
 
 
-def call(state: State, values: dict[str, Any], **more: Any) -> torch.Tensor:
+def call(state: State, values: dict[str, Any], **more: Any) -> list[np.ndarray]:
     """Call the pipeline with those of the values that it takes."""
     values, taken = copy.deepcopy(values), inspect.signature(state.pipe.__call__).parameters
     given = dict(tiny.defaults(state.name) if state.name in MODELS else entries()[state.name].call())
@@ -83,26 +84,15 @@ def call(state: State, values: dict[str, Any], **more: Any) -> torch.Tensor:
         given["prompt"] = prompt
     if "generator" in taken:
         given["generator"] = None if seed is None else torch.Generator().manual_seed(seed)
-    return tensor_of(state.pipe(**{**given, **more}))
+    return arrays_of(state.pipe(**{**given, **more}))
 
 
-def tensor_of(made: Any) -> torch.Tensor:
-    """Return the first output as a tensor."""
-    if isinstance(made, torch.Tensor):
-        return made.detach().float().clone()
-    if isinstance(made, (list, tuple)):
-        return torch.stack(list(map(tensor_of, made)))
-    if hasattr(made, "to_tuple"):
-        return tensor_of(made.to_tuple()[0])
-    return torch.as_tensor(np.asarray(made)).float()
-
-
-Action = Callable[[State, float, dict[str, Any]], torch.Tensor | None]
+Action = Callable[[State, float, dict[str, Any]], list[np.ndarray] | None]
 """What a step does with the pipeline. Returns what is compared, if anything."""
 
 
 def _in_callback(change: Callable[[Any, dict[str, Any]], None]) -> Action:
-    def act(state: State, number: float, values: dict[str, Any]) -> torch.Tensor:
+    def act(state: State, number: float, values: dict[str, Any]) -> list[np.ndarray]:
         def after(pipe: Any, step: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             change(pipe, tensors)
             return tensors
@@ -116,9 +106,9 @@ def _scale_latents(pipe: Any, tensors: dict[str, Any]) -> None:
     tensors["latents"] = tensors["latents"] * 1.1
 
 
-def _in_inference_mode(state: State, number: float, values: dict[str, Any]) -> torch.Tensor:
+def _in_inference_mode(state: State, number: float, values: dict[str, Any]) -> list[np.ndarray]:
     with torch.inference_mode():
-        return call(state, values).clone()
+        return call(state, values)
 
 
 def _scheduler(state: State, number: float, values: dict[str, Any]) -> None:
@@ -206,13 +196,13 @@ def _values(rng: random.Random) -> dict[str, Any]:
     }
 
 
-Outcome = torch.Tensor | str | None
-"""What a step gave, or its error."""
+Outcome = list[np.ndarray] | str | None
+"""The arrays that a step gave, or its error."""
 
 
 def run(name: str, steps: list[Step], adapters: str, shard: Callable[[Any], object]) -> list[Outcome]:
     """Run a program; a step that fails is left out."""
-    pipe = mapped(name) if name in MODELS else entries()[name].build()
+    pipe = mapped(name) if name in MODELS else built(entries()[name])
     pipe.set_progress_bar_config(disable=True)
     shard(pipe)
     state, outcomes = State(name, pipe, adapters), list[Outcome]()
@@ -244,13 +234,12 @@ def compared(steps: list[Step], plain: list[Outcome], ranks: list[list[Outcome]]
                 continue  # the model lacks such a method
             if isinstance(got, str):
                 return f"{place}: {got:.300}"
-            if isinstance(expected, torch.Tensor) and isinstance(got, torch.Tensor):
-                if expected.shape != got.shape:
-                    return f"{place}: WRONG, {tuple(got.shape)} for {tuple(expected.shape)}"
-                one, other = expected.nan_to_num(), got.nan_to_num()
-                far = float((one - other).norm() / one.norm()) if not torch.equal(one, other) else 0.0
-                if not far <= BOUND:
-                    return f"{place}: WRONG, {far:.1e} off"
+            try:
+                far = distance(expected, got or []) if expected else 0.0
+            except NotSame as error:
+                return f"{place}: WRONG, {error}"
+            if not far <= BOUND:
+                return f"{place}: WRONG, {far:.1e} off"
     return "right"
 
 
